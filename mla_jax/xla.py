@@ -1,0 +1,162 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Implementation "xla": the definition of the op, in plain JAX, for any device.
+
+Letters: `b` sequences, `s` queries per sequence, `h` heads, `r` query rows that share their keys,
+`n` tokens of a chunk, `d` width of a key, `v` width of a value.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+# Tokens gathered per step of the loop. Large enough for full matrix products, small enough that the
+# gathered chunk (b x 512 x 576 bf16: 75 MB at b = 128) stays far below the cache it is read from.
+_CHUNK = 512
+
+Expand = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def unsupported_reason(**_: object) -> str | None:
+    """Says why these inputs cannot run here: never, this form takes all valid ones."""
+    return None
+
+
+@partial(jax.jit, static_argnames=("head_dim_v", "softmax_scale", "causal", "batch_invariant"))
+def decode(
+    q: jax.Array,
+    k_cache: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    *,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool,
+    batch_invariant: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Attends each query to the cached tokens of its sequence.
+
+    The arguments are those of `mla_jax.flash_mla_with_kvcache`, already checked.
+
+    Returns:
+        out `[b, s_q, h_q, head_dim_v]` in q's dtype and lse `[b, h_q, s_q]` float32.
+    """
+    b, s_q, h_q, d_k = q.shape
+    h_kv = k_cache.shape[2]
+    group = h_q // h_kv
+    # All queries that read the same keys are rows of one matrix: head g of group h is row (j, g).
+    rows = q.reshape(b, s_q, h_kv, group, d_k).transpose(0, 2, 1, 3, 4)
+    rows = rows.reshape(b, h_kv, s_q * group, d_k)
+    visible = visible_tokens(cache_seqlens, s_q, causal, capacity(k_cache, block_table))
+    visible = jnp.repeat(visible, group, axis=1)
+
+    def attend(rows: jax.Array, table: jax.Array, visible: jax.Array):
+        return attend_pages(
+            rows,
+            k_cache,
+            table,
+            visible,
+            lambda latents: (latents, latents[..., :head_dim_v]),
+            scale=softmax_scale,
+        )
+
+    if batch_invariant:
+        # One sequence at a time: the same arithmetic whatever the batch around it.
+        out, lse = jax.lax.map(
+            lambda x: jax.tree.map(lambda a: a[0], attend(*(a[None] for a in x))),
+            (rows, block_table, visible),
+        )
+    else:
+        out, lse = attend(rows, block_table, visible)
+
+    out = out.reshape(b, h_kv, s_q, group, head_dim_v).transpose(0, 2, 1, 3, 4)
+    lse = lse.reshape(b, h_kv, s_q, group).transpose(0, 1, 3, 2)
+    return out.reshape(b, s_q, h_q, head_dim_v).astype(q.dtype), lse.reshape(b, h_q, s_q)
+
+
+def capacity(k_cache: jax.Array, block_table: jax.Array) -> int:
+    """Counts the tokens a row of `block_table` can name."""
+    return block_table.shape[1] * k_cache.shape[1]
+
+
+def visible_tokens(seqlens: jax.Array, s_q: int, causal: bool, capacity: int) -> jax.Array:
+    """Counts the tokens each query sees, `[b, s_q]`: causal, query j sees `seqlens - s_q + j + 1`."""
+    seqlens = jnp.clip(seqlens, 0, capacity)[:, None]
+    if not causal:
+        return jnp.broadcast_to(seqlens, (seqlens.shape[0], s_q))
+    return jnp.maximum(seqlens - s_q + jnp.arange(1, s_q + 1), 0)
+
+
+def attend_pages(
+    q: jax.Array,
+    k_cache: jax.Array,
+    block_table: jax.Array,
+    visible: jax.Array,
+    expand: Expand,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes `softmax(scale * q k^T) v` over paged tokens by an online softmax.
+
+    One pass over the tokens in chunks of whole pages; as many chunks as the longest sequence needs,
+    whatever the width of the table (Milakov and Gimelshein 2018, arXiv:1805.02867; FlashAttention,
+    arXiv:2205.14135). Scores, sums and outputs are float32; the weights are rounded to v's dtype
+    for the second product, as the tensor cores take them.
+
+    Args:
+        q: `[b, h, r, d]` rows of queries.
+        k_cache: `[num_pages, page_size, h_cache, d_cache]`.
+        block_table: `[b, max_pages_per_seq]` int32. A page id outside the pool reads as zeros.
+        visible: `[b, r]` int32, the number of tokens each row sees. What the cache holds past the
+            largest of a sequence is never used, NaN included.
+        expand: maps cached tokens `[b, n, h_cache, d_cache]` to keys `[b, n, h, d]` and values
+            `[b, n, h, v]`.
+        scale: factor of the scores.
+
+    Returns:
+        out `[b, h, r, v]` float32 and lse `[b, h, r]` float32, natural logarithm. A row that sees
+        nothing gives 0 and +inf.
+    """
+    b, h, r, _ = q.shape
+    num_pages, page_size, *token_shape = k_cache.shape
+    pages_per_chunk = min(max(1, _CHUNK // page_size), block_table.shape[1])
+    chunk = pages_per_chunk * page_size
+    table = jnp.pad(block_table, ((0, 0), (0, -block_table.shape[1] % pages_per_chunk)))
+    # Negative ids would count from the end of the pool; past the end they read as zeros instead.
+    table = jnp.where(table < 0, num_pages, table)
+    seqlens = visible.max(axis=1, initial=0)
+
+    def step(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
+        m, l, acc = state
+        ids = jax.lax.dynamic_slice_in_dim(table, i * pages_per_chunk, pages_per_chunk, axis=1)
+        cached = k_cache.at[ids].get(mode="fill", fill_value=0).reshape(b, chunk, *token_shape)
+        token = i * chunk + jnp.arange(chunk)
+        # A weight of 0 does not silence a NaN: what lies past the length is cleared itself.
+        cached = jnp.where((token < seqlens[:, None])[:, :, None, None], cached, 0)
+        k, v = expand(cached)
+
+        scores = scale * jnp.einsum("bhrd,bnhd->bhrn", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(token < visible[:, None, :, None], scores, -jnp.inf)
+        m_new = jnp.maximum(m, scores.max(axis=-1))
+        m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)  # nothing seen yet: -inf - -inf is NaN
+        p = jnp.exp(scores - m_safe[..., None])
+        alpha = jnp.exp(m - m_safe)
+        l = alpha * l + p.sum(axis=-1)
+        pv = jnp.einsum("bhrn,bnhv->bhrv", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return m_new, l, alpha[..., None] * acc + pv
+
+    cached = jax.ShapeDtypeStruct((b, chunk, *token_shape), k_cache.dtype)
+    d_v = jax.eval_shape(expand, cached)[1].shape[-1]
+    start = (
+        jnp.full((b, h, r), -jnp.inf),
+        jnp.zeros((b, h, r)),
+        jnp.zeros((b, h, r, d_v)),
+    )
+    start = jax.tree.map(lambda x: x.astype(jnp.float32), start)
+    num_chunks = (seqlens.max(initial=0) + chunk - 1) // chunk
+    m, l, acc = jax.lax.fori_loop(0, num_chunks, step, start)
+    seen = l > 0
+    out = acc / jnp.where(seen, l, 1.0)[..., None]
+    return out, jnp.where(seen, m + jnp.log(jnp.where(seen, l, 1.0)), jnp.inf)
