@@ -2,7 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlashMLA for JAX: Multi-head Latent Attention over a paged KV cache."""
 
+from mla_jax.cache import PagedKVCache as PagedKVCache
+from mla_jax.cache import PagePoolFull as PagePoolFull
+from mla_jax.config import DeepseekConfig as DeepseekConfig
 from mla_jax.decode import Explanation as Explanation
 from mla_jax.decode import explain as explain
 from mla_jax.decode import flash_mla_with_kvcache as flash_mla_with_kvcache
+from mla_jax.deepseek import DeepseekForCausalLM as DeepseekForCausalLM
+from mla_jax.generate import generate as generate
+from mla_jax.generate import stream as stream
+from mla_jax.module import MultiHeadLatentAttention as MultiHeadLatentAttention
+from mla_jax.rope import RopeConfig as RopeConfig
+from mla_jax.rope import YarnScaling as YarnScaling
 from mla_jax.schedule import get_mla_metadata as get_mla_metadata

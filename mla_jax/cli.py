@@ -1,0 +1,270 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `mla-jax generate` and `mla-jax info`."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from tokenizers import Tokenizer
+
+from mla_jax.cache import PagedKVCache
+from mla_jax.config import DeepseekConfig
+from mla_jax.decode import Explanation, explain
+from mla_jax.deepseek import DeepseekForCausalLM
+from mla_jax.generate import stream
+
+TINY = Path(__file__).parent / "tiny"  # the model that ships in the package
+_DEFAULT_PROMPT = "ROMEO.\n"
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0, or 2 after an error."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if args.traceback:
+            raise
+        causes = error.exceptions if isinstance(error, ExceptionGroup) else [error]
+        text = "; ".join(" ".join(str(cause).split()) for cause in causes)
+        print(f"mla-jax: error: {text or type(error).__name__}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mla-jax", description="FlashMLA for JAX.")
+    version = importlib.metadata.version("mla-jax")
+    parser.add_argument("--version", action="version", version=f"mla-jax {version}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    common.add_argument("--traceback", action="store_true", help="show where an error came from")
+
+    command = commands.add_parser(
+        "generate", parents=[common], help="continue a prompt with a DeepSeek checkpoint"
+    )
+    command.set_defaults(run=_generate)
+    add = command.add_argument
+    add("--model", type=Path, metavar="FOLDER", help="Hugging Face folder; default: the tiny model")
+    source = command.add_mutually_exclusive_group()
+    source.add_argument("--prompt", action="append", help="text to continue; repeat for a batch")
+    source.add_argument("--prompt-file", type=Path, metavar="FILE", help="file to continue")
+    add("--max-new-tokens", type=int, default=200, metavar="N")
+    add("--temperature", type=float, default=0.8, help="0 takes the most likely token; default 0.8")
+    add("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
+    add("--top-p", type=float, metavar="P", help="draw among the tokens that make up probability P")
+    add("--seed", type=int, default=0)
+    add("--page-size", type=int, default=64, metavar="N", help="tokens per page of the cache")
+    add("--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens per pass")
+    add("--implementation", help="of the attention op; default: the first that can run here")
+    add("--dtype", choices=_DTYPES, help="of parameters and computation; default: the checkpoint's")
+
+    command = commands.add_parser(
+        "info", parents=[common], help="show devices, versions and the implementation that runs"
+    )
+    command.set_defaults(run=_info)
+    return parser
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a generation was and took; the fields of `--json`."""
+
+    prompts: list[str]
+    texts: list[str]
+    tokens: list[list[int]]
+    num_tokens: int
+    load_seconds: float
+    first_token_seconds: float
+    tokens_per_second: float | None
+    implementation: str | None
+    device: str
+    cache_bytes_per_token: int
+    mha_bytes_per_token: int
+
+
+def _generate(args: argparse.Namespace) -> None:
+    folder = TINY if args.model is None else args.model
+    if args.prompt_file is not None:
+        prompts = [args.prompt_file.read_text(encoding="utf-8")]
+    else:
+        prompts = args.prompt or [_DEFAULT_PROMPT]
+    tokenizer = _load_tokenizer(folder)
+    start = time.perf_counter()
+    model = _load_model(folder, args.dtype)
+    loaded = time.perf_counter()
+
+    ids = [_encode(tokenizer, folder, prompt) for prompt in prompts]
+    live = not args.json and len(prompts) == 1
+    if live:
+        print(prompts[0], end="", flush=True)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    shown = ""
+    times = []  # (seconds, tokens) after each burst
+    for burst in stream(
+        model,
+        ids,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        page_size=args.page_size,
+        prefill_chunk=args.prefill_chunk,
+        implementation=args.implementation,
+    ):
+        tokens = [old + new for old, new in zip(tokens, burst, strict=True)]
+        times.append((time.perf_counter(), sum(map(len, tokens))))
+        if live:
+            text = tokenizer.decode(tokens[0])
+            # The last character may be half there: its other bytes come with the next tokens.
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+
+    texts = [tokenizer.decode(new) for new in tokens]
+    # The first two bursts hold the compilation of prefill and of the loop.
+    rate = None
+    if len(times) > 2:
+        rate = (times[-1][1] - times[1][1]) / (times[-1][0] - times[1][0])
+    config = model.config
+    layers, itemsize = config.num_hidden_layers, jnp.dtype(model.dtype).itemsize
+    mha_width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    report = _Report(
+        prompts=prompts,
+        texts=texts,
+        tokens=tokens,
+        num_tokens=times[-1][1],
+        load_seconds=round(loaded - start, 3),
+        first_token_seconds=round(times[0][0] - loaded, 3),
+        tokens_per_second=None if rate is None else round(rate, 1),
+        implementation=_explain(
+            config, len(prompts), args.page_size, model.dtype, args
+        ).implementation,
+        device=jax.devices()[0].device_kind,
+        cache_bytes_per_token=PagedKVCache.bytes_per_token(
+            num_layers=layers, d_k=config.d_cache, dtype=model.dtype
+        ),
+        mha_bytes_per_token=layers * config.num_attention_heads * mha_width * itemsize,
+    )
+    if args.json:
+        print(json.dumps(asdict(report)))
+        return
+    print(texts[0][len(shown) :] if live else _join(prompts, texts))
+    speed = "" if rate is None else f", {rate:.0f} tokens/s once compiled"
+    print(
+        f"\n{report.num_tokens} tokens{speed}; first token after {report.first_token_seconds:.1f} s "
+        f"(with compilation)\n"
+        f"implementation {report.implementation} on {report.device}\n"
+        f"cache {report.cache_bytes_per_token:,} bytes a token; multi-head attention would take "
+        f"{report.mha_bytes_per_token:,} "
+        f"({report.mha_bytes_per_token / report.cache_bytes_per_token:.1f} times)"
+    )
+
+
+def _join(prompts: Sequence[str], texts: Sequence[str]) -> str:
+    return "\n---\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True))
+
+
+def _load_model(folder: Path, dtype: str | None) -> DeepseekForCausalLM:
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("load", total=None)
+        return DeepseekForCausalLM.from_pretrained(
+            folder,
+            param_dtype=dtype,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--model: {str(folder)!r} has no tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path}: not a tokenizer: {error}") from None
+
+
+def _encode(tokenizer: Tokenizer, folder: Path, text: str) -> list[int]:
+    """Encodes a prompt; adds the token of the beginning where tokenizer_config.json asks for it."""
+    ids = tokenizer.encode(text).ids
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if settings.get("add_bos_token"):
+        bos = settings.get("bos_token")
+        bos_id = tokenizer.token_to_id(bos["content"] if isinstance(bos, dict) else bos)
+        if bos_id is not None and ids[:1] != [bos_id]:
+            ids = [bos_id, *ids]
+    if not ids:
+        raise ValueError("--prompt: got an empty text, expected at least one token")
+    return ids
+
+
+def _explain(
+    config: DeepseekConfig, b: int, page_size: int, dtype: jnp.dtype, args: argparse.Namespace
+) -> Explanation:
+    """Says what runs a decode step of one token for each of `b` sequences."""
+    shape = jax.ShapeDtypeStruct
+    return explain(
+        shape((b, 1, config.num_attention_heads, config.d_cache), dtype),
+        shape((b, page_size, 1, config.d_cache), dtype),
+        shape((b, 1), jnp.int32),
+        shape((b,), jnp.int32),
+        config.kv_lora_rank,
+        causal=True,
+        implementation=getattr(args, "implementation", None),
+    )
+
+
+def _info(args: argparse.Namespace) -> None:
+    config = DeepseekForCausalLM.read_config(TINY)
+    choice = _explain(config, 1, 64, jnp.dtype(jnp.bfloat16), args)
+    packages = ("mla-jax", "jax", "jaxlib", "flax", "numpy")
+    info = {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+        "platform": jax.default_backend(),
+        "devices": [f"{d.id}: {d.device_kind}" for d in jax.devices()],
+        "implementation": choice.implementation,
+        "not": choice.reasons,
+    }
+    if args.json:
+        print(json.dumps(info))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print("  ".join(f"{name} {version}" for name, version in info["versions"].items()))
+    console.print(f"devices ({info['platform']}): {', '.join(info['devices'])}", markup=False)
+    console.print(f"decode, bfloat16, 576 wide, page 64: {choice}", markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
