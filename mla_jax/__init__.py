@@ -3,7 +3,7 @@
 """FlashMLA for JAX: Multi-head Latent Attention over a paged KV cache."""
 
 from mla_jax.cache import PagedKVCache as PagedKVCache
-from mla_jax.cache import PagePoolFull as PagePoolFull
+from mla_jax.cache import PagePoolFullError as PagePoolFullError
 from mla_jax.config import DeepseekConfig as DeepseekConfig
 from mla_jax.decode import Explanation as Explanation
 from mla_jax.decode import explain as explain

@@ -3,8 +3,8 @@
 """Hugging Face checkpoint folders: safetensors to parameters and back.
 
 Parameters bear the checkpoint's names, so the mapping is mechanical: a path of attributes is a name
-with dots; kernels are `[in, out]` here and `[out, in]` there; the experts of a layer are one stacked
-parameter here and one tensor each there.
+with dots; kernels are `[in, out]` here and `[out, in]` there; the experts of a layer are one
+stacked parameter here and one tensor each there.
 """
 
 import json
@@ -78,8 +78,8 @@ def load(
 
     Raises:
         FileNotFoundError: the folder or a shard is missing.
-        ValueError: a file is damaged, or tensors are missing, unexpected, mis-shaped or of an unknown
-            dtype; one message names them all.
+        ValueError: a file is damaged, or tensors are missing, unexpected, mis-shaped or of an
+            unknown dtype; one message names them all.
     """
     graphdef, state = nnx.split(model)
     parameters = nnx.to_flat_state(state)
@@ -117,7 +117,7 @@ def load(
 
 def save(model: nnx.Module, folder: str | PathLike[str], config: Mapping[str, Any]) -> None:
     """Writes config.json and one model.safetensors as Hugging Face names and shapes the tensors."""
-    tensors = {}
+    tensors: dict[str, jax.Array] = {}
     for path, parameter in nnx.to_flat_state(nnx.state(model)):
         value = parameter[...]
         names = [name for name, _ in _sources(path, value.shape)]
@@ -213,7 +213,7 @@ def _check(
     tied: Set[str],
     block: tuple[int, int] | None,
 ) -> None:
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for path, parameter in parameters:
         expected |= dict(_sources(path, parameter.shape))
     for name in list(expected):

@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mla-jax {version}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     common.add_argument("--traceback", action="store_true", help="show where an error came from")
 
@@ -77,12 +77,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=200, metavar="N")
     add("--temperature", type=float, default=0.8, help="0 takes the most likely token; default 0.8")
     add("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
-    add("--top-p", type=float, metavar="P", help="draw among the tokens that make up probability P")
+    add(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="draw among the likeliest tokens that make up probability P; default 0.95",
+    )
     add("--seed", type=int, default=0)
     add("--page-size", type=int, default=64, metavar="N", help="tokens per page of the cache")
     add("--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens per pass")
     add("--implementation", help="of the attention op; default: the first that can run here")
-    add("--dtype", choices=_DTYPES, help="of parameters and computation; default: the checkpoint's")
+    add(
+        "--dtype",
+        choices=_DTYPES,
+        help="of parameters and computation; default: the checkpoint's, but float32 on a CPU",
+    )
 
     command = commands.add_parser(
         "info", parents=[common], help="show devices, versions and the implementation that runs"
@@ -178,8 +188,8 @@ def _generate(args: argparse.Namespace) -> None:
     print(texts[0][len(shown) :] if live else _join(prompts, texts))
     speed = "" if rate is None else f", {rate:.0f} tokens/s once compiled"
     print(
-        f"\n{report.num_tokens} tokens{speed}; first token after {report.first_token_seconds:.1f} s "
-        f"(with compilation)\n"
+        f"\n{report.num_tokens} tokens{speed}; "
+        f"first token after {report.first_token_seconds:.1f} s (with compilation)\n"
         f"implementation {report.implementation} on {report.device}\n"
         f"cache {report.cache_bytes_per_token:,} bytes a token; multi-head attention would take "
         f"{report.mha_bytes_per_token:,} "
@@ -192,6 +202,8 @@ def _join(prompts: Sequence[str], texts: Sequence[str]) -> str:
 
 
 def _load_model(folder: Path, dtype: str | None) -> DeepseekForCausalLM:
+    if dtype is None and jax.default_backend() == "cpu":
+        dtype = "float32"  # which CPUs multiply faster than narrower types
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("load", total=None)
@@ -219,7 +231,7 @@ def _encode(tokenizer: Tokenizer, folder: Path, text: str) -> list[int]:
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if settings.get("add_bos_token"):
         bos = settings.get("bos_token")
-        bos_id = tokenizer.token_to_id(bos["content"] if isinstance(bos, dict) else bos)
+        bos_id = tokenizer.token_to_id(bos["content"] if isinstance(bos, dict) else str(bos))
         if bos_id is not None and ids[:1] != [bos_id]:
             ids = [bos_id, *ids]
     if not ids:
@@ -247,13 +259,13 @@ def _info(args: argparse.Namespace) -> None:
     config = DeepseekForCausalLM.read_config(TINY)
     choice = _explain(config, 1, 64, jnp.dtype(jnp.bfloat16), args)
     packages = ("mla-jax", "jax", "jaxlib", "flax", "numpy")
+    versions = {"python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in packages}
+    devices = [f"{d.id}: {d.device_kind}" for d in jax.devices()]
     info = {
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
+        "versions": versions,
         "platform": jax.default_backend(),
-        "devices": [f"{d.id}: {d.device_kind}" for d in jax.devices()],
+        "devices": devices,
         "implementation": choice.implementation,
         "not": choice.reasons,
     }
@@ -261,8 +273,8 @@ def _info(args: argparse.Namespace) -> None:
         print(json.dumps(info))
         return
     console = Console(highlight=False, soft_wrap=True)
-    console.print("  ".join(f"{name} {version}" for name, version in info["versions"].items()))
-    console.print(f"devices ({info['platform']}): {', '.join(info['devices'])}", markup=False)
+    console.print("  ".join(f"{name} {version}" for name, version in versions.items()))
+    console.print(f"devices ({info['platform']}): {', '.join(devices)}", markup=False)
     console.print(f"decode, bfloat16, 576 wide, page 64: {choice}", markup=False)
 
 

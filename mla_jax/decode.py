@@ -57,17 +57,17 @@ def flash_mla_with_kvcache(
     """Attends queries to a paged cache of latents: `softmax(scale * q k^T) k[..., :head_dim_v]`.
 
     The function, its argument order and its conventions are FlashMLA's; the values are the first
-    `head_dim_v` channels of the keys, as absorbed Multi-head Latent Attention has them (DeepSeek-V2,
-    arXiv:2405.04434, section 2.1). Shapes are static; lengths and tables are data, and no value of
-    them compiles anything anew.
+    `head_dim_v` channels of the keys, as absorbed Multi-head Latent Attention has them
+    (DeepSeek-V2, arXiv:2405.04434, section 2.1). Shapes are static; lengths and tables are data,
+    and no value of them compiles anything anew.
 
     Args:
         q: `[b, s_q, h_q, d_k]` bfloat16, float16 or float32. Head `i` reads KV head
             `i // (h_q // h_kv)`.
-        k_cache: `[num_pages, page_size, h_kv, d_k]` of q's dtype. Slots past a sequence's length and
-            pages that no used table entry names may hold anything, NaN included.
-        block_table: `[b, max_pages_per_seq]` int32: the page of each `page_size` tokens of a sequence.
-            Entries past the last used page may hold anything. A used entry outside
+        k_cache: `[num_pages, page_size, h_kv, d_k]` of q's dtype. Slots past a sequence's length
+            and pages that no used table entry names may hold anything, NaN included.
+        block_table: `[b, max_pages_per_seq]` int32: the page of each `page_size` tokens of a
+            sequence. Entries past the last used page may hold anything. A used entry outside
             `[0, num_pages)` reads as a page of zeros, never outside the pool.
         cache_seqlens: `[b]` int32: tokens in the cache, the `s_q` new ones included. Clamped to
             `[0, max_pages_per_seq * page_size]`.
@@ -77,7 +77,8 @@ def flash_mla_with_kvcache(
         num_splits: second result of `get_mla_metadata`; given if and only if the first is.
         softmax_scale: factor of the scores, a Python number; None is `d_k ** -0.5`.
         causal: query j sees the first `cache_seqlens - s_q + j + 1` tokens instead of all.
-        batch_invariant: gives each sequence the same bits whatever the batch, its slot and its pages.
+        batch_invariant: gives each sequence the same bits whatever the batch, its slot and its
+            pages.
         implementation: `None` takes the first that supports these inputs here, a name takes that
             one or fails, a sequence of names is an order of preference.
 
@@ -160,7 +161,7 @@ def check_implementation(implementation: Implementation) -> tuple[str, ...]:
 
 
 def _choose(implementation: Implementation, **inputs: Any) -> Explanation:
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name in check_implementation(implementation):
         reason = _IMPLEMENTATIONS[name].unsupported_reason(**inputs)
         if reason is None:

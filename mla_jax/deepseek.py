@@ -145,8 +145,8 @@ class DeepseekForCausalLM(nnx.Module):
 
         Raises:
             FileNotFoundError: the folder, its config.json or its weights are missing.
-            ValueError: config.json or tensors are wrong; one message names every missing, unexpected
-                and mis-shaped tensor.
+            ValueError: config.json or tensors are wrong; one message names every missing,
+                unexpected and mis-shaped tensor.
             NotImplementedError: the model has something this library does not.
         """
         config = cls.read_config(folder)
@@ -200,14 +200,15 @@ class DeepseekForCausalLM(nnx.Module):
         """Runs new tokens through the model over the cache.
 
         Args:
-            tokens: `[max_seqs, t]` int; slot i's new tokens are the last `cache.num_new[i]` columns.
+            tokens: `[max_seqs, t]` int; slot i's new tokens are the last `cache.num_new[i]`
+                columns.
             cache: after `cache.reserve` for these tokens.
             prefill: expand keys and values (for many new tokens) instead of absorbing them.
             implementation: of decode, as for `flash_mla_with_kvcache`.
 
         Returns:
-            The logits that follow the last column, `[max_seqs, vocab_size]` float32 (meaningless for
-            slots with no new token), and the cache.
+            The logits that follow the last column, `[max_seqs, vocab_size]` float32 (meaningless
+            for slots with no new token), and the cache.
         """
         x = self.model.embed_tokens(tokens)
         t = tokens.shape[1]

@@ -8,6 +8,7 @@ Letters: `b` prompts, `t` prompt tokens padded on the left, `n` new tokens.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mla_jax.cache import PagedKVCache, PagePoolFull
+from mla_jax.cache import PagedKVCache, PagePoolFullError
 from mla_jax.decode import Implementation, check_implementation
 from mla_jax.deepseek import DeepseekForCausalLM
 
@@ -243,7 +244,7 @@ def stream(
 
     Raises:
         ValueError: an argument is wrong.
-        PagePoolFull: `num_pages` did not suffice.
+        PagePoolFullError: `num_pages` did not suffice.
     """
     _check_positive(max_new_tokens=max_new_tokens, every=every)
     _check_positive(page_size=page_size, prefill_chunk=prefill_chunk)
@@ -296,7 +297,7 @@ def stream(
         yield [new[i, shown[i] : num_tokens[i]].tolist() for i in range(b)]
         shown = num_tokens
         if np.any(state.starved):
-            raise PagePoolFull(
+            raise PagePoolFullError(
                 f"num_pages: got {num_pages} pages of {page_size} tokens, too few: prompts "
                 f"{np.flatnonzero(state.starved).tolist()} stopped after "
                 f"{num_tokens[np.asarray(state.starved)].tolist()} new tokens"
@@ -325,8 +326,8 @@ def generate(
     """Continues prompts of different lengths in one batch.
 
     Prefill is one executable and the whole decode loop another. Neither compiles anew for other
-    prompts, lengths, limits or sampling numbers of the same padded shape: the number of prompts, the
-    longest prompt rounded up to `prefill_chunk`, and max_new_tokens rounded up to 64.
+    prompts, lengths, limits or sampling numbers of the same padded shape: the number of prompts,
+    the longest prompt rounded up to `prefill_chunk`, and max_new_tokens rounded up to 64.
 
     Args:
         model: the language model.
@@ -335,8 +336,8 @@ def generate(
         temperature: divides the logits; 0 takes the most likely token.
         top_k: draws among this many most likely tokens only.
         top_p: draws among the most likely tokens whose probabilities reach this sum.
-        seed: of the random stream; the same seed gives the same tokens, and a prompt's tokens do not
-            depend on the prompts beside it.
+        seed: of the random stream; the same seed gives the same tokens, and a prompt's tokens do
+            not depend on the prompts beside it.
         eos_token_id: a token or tokens that end a sequence; None: those of the model's config; an
             empty sequence: none.
         page_size: tokens per page of the cache.
@@ -350,7 +351,7 @@ def generate(
 
     Raises:
         ValueError: an argument is wrong.
-        PagePoolFull: `num_pages` did not suffice.
+        PagePoolFullError: `num_pages` did not suffice.
     """
     if not prompts:
         return []
@@ -371,7 +372,7 @@ def generate(
             implementation=implementation,
         )
     )
-    return [sum(tokens, []) for tokens in zip(*parts, strict=True)]
+    return [list(chain.from_iterable(tokens)) for tokens in zip(*parts, strict=True)]
 
 
 def _round_up(x: int, multiple: int) -> int:

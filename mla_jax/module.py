@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Multi-head Latent Attention module: one set of parameters, three ways to compute it.
 
-Letters: `b` sequences, `t` tokens, `h` heads, `c` channels of the latent (512 in DeepSeek-V3), `d` of a
-query or key (128 + 64), `n` of their part without position (128), `v` of a value (128).
+Letters: `b` sequences, `t` tokens, `h` heads, `c` channels of the latent (512 in DeepSeek-V3), `d`
+of a query or key (128 + 64), `n` of their part without position (128), `v` of a value (128).
 """
 
 import jax
@@ -30,8 +30,8 @@ class MultiHeadLatentAttention(nnx.Module):
     - `decode` absorbs `kv_b_proj` into query and output and attends to the latents themselves with
       `flash_mla_with_kvcache`: few new tokens after a long prefix.
 
-    All three agree. Submodules are named as in DeepSeek's checkpoints; `kv_b_proj` is stored once and
-    viewed as W_UK and W_UV where it is absorbed.
+    All three agree. Submodules are named as in DeepSeek's checkpoints; `kv_b_proj` is stored once
+    and viewed as W_UK and W_UV where it is absorbed.
 
     Args:
         hidden_size: width of the residual stream.
@@ -172,7 +172,7 @@ class MultiHeadLatentAttention(nnx.Module):
         cache: PagedKVCache,
         layer: int | jax.Array,
         *,
-        schedule: tuple[jax.Array, jax.Array] | tuple[()] = (),
+        schedule: tuple[jax.Array, jax.Array] | None = None,
         implementation: Implementation = None,
     ) -> tuple[jax.Array, PagedKVCache]:
         """Appends the new tokens to the cache and attends to all of it in the latent space.
@@ -181,11 +181,12 @@ class MultiHeadLatentAttention(nnx.Module):
         and every head reads the same latents.
 
         Args:
-            x: `[max_seqs, t, hidden_size]`; slot i's new tokens are the last `cache.num_new[i]` of the
-                t columns, what stands before them is padding.
+            x: `[max_seqs, t, hidden_size]`; slot i's new tokens are the last `cache.num_new[i]` of
+                the t columns, what stands before them is padding.
             cache: after `cache.reserve` for these tokens.
             layer: index of this layer in the cache.
-            schedule: `get_mla_metadata(cache.seqlens, t * num_heads, 1)`, to share it among layers.
+            schedule: `get_mla_metadata(cache.seqlens, t * num_heads, 1)`, to share it among layers;
+                None schedules inside the op.
             implementation: as for `flash_mla_with_kvcache`.
 
         Returns:
@@ -200,7 +201,7 @@ class MultiHeadLatentAttention(nnx.Module):
             cache.layer_table(layer),
             cache.seqlens,
             self.kv_lora_rank,
-            *schedule,
+            *(schedule or (None, None)),
             softmax_scale=self.softmax_scale,
             causal=True,
             implementation=implementation,
@@ -211,11 +212,12 @@ class MultiHeadLatentAttention(nnx.Module):
     def prefill(
         self, x: jax.Array, cache: PagedKVCache, layer: int | jax.Array
     ) -> tuple[jax.Array, PagedKVCache]:
-        """Appends the new tokens to the cache and attends to all of it with expanded keys and values.
+        """Appends the new tokens and attends to the whole cache with expanded keys and values.
 
-        Expanded attention costs `2 h (d + v)` operations for a query and a key, 640 h for DeepSeek-V3,
-        absorbed attention 2176 h; expanding the cache again costs the same for any number of new
-        tokens, so this pays for many. Only one chunk of the cache is expanded at a time.
+        Expanded attention costs `2 h (d + v)` operations for a query and a key, 640 h for
+        DeepSeek-V3, absorbed attention 2176 h; expanding the cache again costs the same for any
+        number of new tokens, so this pays for many. Only one chunk of the cache is expanded at a
+        time.
 
         Args:
             x: `[max_seqs, t, hidden_size]`, padded as for `decode`.
@@ -264,7 +266,7 @@ class MultiHeadLatentAttention(nnx.Module):
         return jnp.concatenate([self.kv_a_layernorm(latent), k_pe], axis=-1)
 
     def _expand(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Expands `[b, t, c + rope]` to every head's keys `[b, t, h, d]` and values `[b, t, h, v]`."""
+        """Expands `[b, t, c + rope]` to keys `[b, t, h, d]` and values `[b, t, h, v]`."""
         latent, k_pe = jnp.split(latents, [self.kv_lora_rank], axis=-1)
         kv = self.kv_b_proj(latent).reshape(*latent.shape[:2], self.num_heads, -1)
         k_nope, v = jnp.split(kv, [self.qk_nope_head_dim], axis=-1)
@@ -286,7 +288,8 @@ class MultiHeadLatentAttention(nnx.Module):
         self._check_input(x)
         if cache.d_k != self.d_cache:
             raise ValueError(
-                f"cache: got d_k {cache.d_k}, expected kv_lora_rank + qk_rope_head_dim = {self.d_cache}"
+                f"cache: got d_k {cache.d_k}, "
+                f"expected kv_lora_rank + qk_rope_head_dim = {self.d_cache}"
             )
         if x.shape[0] != cache.max_seqs:
             raise ValueError(

@@ -35,8 +35,8 @@ class Router(nnx.Module):
     """Chooses experts for each token, as DeepSeek-V2 (section 2.2) or V3 (section 2.1.2) does.
 
     V2 scores by softmax and may keep to the groups with the best expert. V3 scores by sigmoid, adds
-    a bias that balances load when choosing, but not when weighting, and keeps to the groups whose two
-    best experts score highest together. Scores are float32 whatever the model's dtype.
+    a bias that balances load when choosing, but not when weighting, and keeps to the groups whose
+    two best experts score highest together. Scores are float32 whatever the model's dtype.
     """
 
     def __init__(self, config: DeepseekConfig, *, param_dtype: Dtype, rngs: nnx.Rngs):
@@ -48,7 +48,7 @@ class Router(nnx.Module):
             self.e_score_correction_bias = nnx.Param(jnp.zeros((e,), jnp.float32))
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps tokens `[n, hidden_size]` to expert indices `[n, k]` and weights `[n, k]` float32."""
+        """Maps tokens `[n, hidden_size]` to experts `[n, k]` and float32 weights `[n, k]`."""
         config = self.config
         logits = x.astype(jnp.float32) @ self.kernel[...].astype(jnp.float32)
         if config.is_v3:
@@ -103,8 +103,7 @@ class Experts(nnx.Module):
         rows = x[order // k]
 
         def product(rows: jax.Array, kernel: nnx.Param) -> jax.Array:
-            rows, kernel = promote_dtype((rows, kernel[...]), dtype=self.dtype)
-            return jax.lax.ragged_dot(rows, kernel, sizes)
+            return jax.lax.ragged_dot(*promote_dtype((rows, kernel[...]), dtype=self.dtype), sizes)
 
         hidden = jax.nn.silu(product(rows, self.gate_proj)) * product(rows, self.up_proj)
         out = product(hidden, self.down_proj)

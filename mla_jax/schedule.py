@@ -55,7 +55,8 @@ def get_mla_metadata(
     cache_seqlens = jnp.asarray(cache_seqlens)
     if cache_seqlens.ndim != 1 or cache_seqlens.dtype != jnp.int32:
         raise ValueError(
-            f"cache_seqlens: got {cache_seqlens.dtype}{list(cache_seqlens.shape)}, expected int32[b]"
+            f"cache_seqlens: got {cache_seqlens.dtype}{list(cache_seqlens.shape)}, "
+            "expected int32[b]"
         )
     for name, value in (
         ("num_q_tokens_per_head_k", num_q_tokens_per_head_k),
@@ -67,7 +68,7 @@ def get_mla_metadata(
     b = cache_seqlens.shape[0]
     parts = num_parts(num_q_tokens_per_head_k, num_heads_k, num_sms)
 
-    blocks = (jnp.maximum(cache_seqlens, 0) + BLOCK - 1) // BLOCK
+    blocks = -(-jnp.maximum(cache_seqlens, 0) // BLOCK)  # rounds up without overflow
     end = jnp.cumsum(_OVERHEAD + blocks, dtype=jnp.int32)
     total = end[-1] if b else jnp.int32(0)
     cuts = jnp.arange(parts + 1, dtype=jnp.int32) * ((total + parts - 1) // parts)
@@ -77,9 +78,9 @@ def get_mla_metadata(
     start = jnp.concatenate([jnp.zeros(1, jnp.int32), end])[seq]
     block = jnp.where(cuts < total, jnp.maximum(cuts - start - _OVERHEAD, 0), 0)
 
-    # A cut past a sequence's start divides it once more. Equal cuts (parts with nothing to do) count once.
-    divides = (block > 0) & jnp.concatenate([jnp.ones(1, bool), cuts[1:] != cuts[:-1]])
-    extra = jnp.zeros(b, jnp.int32).at[seq].add(divides.astype(jnp.int32), mode="drop")
+    # Cuts are distinct, so each one past a sequence's first block divides it once more.
+    divides = (block > 0).astype(jnp.int32)
+    extra = jnp.zeros(b, jnp.int32).at[seq].add(divides, mode="drop")
     num_splits = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(1 + extra, dtype=jnp.int32)])
     dividing = jnp.cumsum(divides, dtype=jnp.int32)
     before_seq = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(extra, dtype=jnp.int32)])[seq]

@@ -82,7 +82,7 @@ def capacity(k_cache: jax.Array, block_table: jax.Array) -> int:
 
 
 def visible_tokens(seqlens: jax.Array, s_q: int, causal: bool, capacity: int) -> jax.Array:
-    """Counts the tokens each query sees, `[b, s_q]`: causal, query j sees `seqlens - s_q + j + 1`."""
+    """Counts the tokens each query sees, `[b, s_q]`; causal query j: `seqlens - s_q + j + 1`."""
     seqlens = jnp.clip(seqlens, 0, capacity)[:, None]
     if not causal:
         return jnp.broadcast_to(seqlens, (seqlens.shape[0], s_q))
@@ -129,7 +129,7 @@ def attend_pages(
     seqlens = visible.max(axis=1, initial=0)
 
     def step(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
-        m, l, acc = state
+        m, total, acc = state
         ids = jax.lax.dynamic_slice_in_dim(table, i * pages_per_chunk, pages_per_chunk, axis=1)
         cached = k_cache.at[ids].get(mode="fill", fill_value=0).reshape(b, chunk, *token_shape)
         token = i * chunk + jnp.arange(chunk)
@@ -143,9 +143,9 @@ def attend_pages(
         m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)  # nothing seen yet: -inf - -inf is NaN
         p = jnp.exp(scores - m_safe[..., None])
         alpha = jnp.exp(m - m_safe)
-        l = alpha * l + p.sum(axis=-1)
+        total = alpha * total + p.sum(axis=-1)
         pv = jnp.einsum("bhrn,bnhv->bhrv", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return m_new, l, alpha[..., None] * acc + pv
+        return m_new, total, alpha[..., None] * acc + pv
 
     cached = jax.ShapeDtypeStruct((b, chunk, *token_shape), k_cache.dtype)
     d_v = jax.eval_shape(expand, cached)[1].shape[-1]
@@ -156,7 +156,8 @@ def attend_pages(
     )
     start = jax.tree.map(lambda x: x.astype(jnp.float32), start)
     num_chunks = (seqlens.max(initial=0) + chunk - 1) // chunk
-    m, l, acc = jax.lax.fori_loop(0, num_chunks, step, start)
-    seen = l > 0
-    out = acc / jnp.where(seen, l, 1.0)[..., None]
-    return out, jnp.where(seen, m + jnp.log(jnp.where(seen, l, 1.0)), jnp.inf)
+    m, total, acc = jax.lax.fori_loop(0, num_chunks, step, start)
+    seen = total > 0
+    total = jnp.where(seen, total, 1.0)
+    out = acc / total[..., None]
+    return out, jnp.where(seen, m + jnp.log(total), jnp.inf)
