@@ -14,6 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np

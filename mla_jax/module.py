@@ -195,13 +195,15 @@ class MultiHeadLatentAttention(nnx.Module):
         q_nope, q_pe, cache = self._append(x, cache, layer)
         w_uk, w_uv = self._absorbed_kv_b_proj(q_nope.dtype)
         q_latent = jnp.einsum("bthn,chn->bthc", q_nope, w_uk)
+        metadata, num_splits = schedule or (None, None)
         out, _ = flash_mla_with_kvcache(
             jnp.concatenate([q_latent, q_pe], axis=-1).astype(cache.dtype),
             cache.pages,
             cache.layer_table(layer),
             cache.seqlens,
             self.kv_lora_rank,
-            *(schedule or (None, None)),
+            metadata,
+            num_splits,
             softmax_scale=self.softmax_scale,
             causal=True,
             implementation=implementation,
