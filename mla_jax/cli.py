@@ -205,7 +205,9 @@ def _load_model(folder: Path, dtype: str | None) -> DeepseekForCausalLM:
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"  # which CPUs multiply faster than narrower types
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task("load", total=None)
         return DeepseekForCausalLM.from_pretrained(
             folder,

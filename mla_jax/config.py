@@ -64,15 +64,7 @@ class DeepseekConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected a positive int")
-        if self.model_type not in _MODEL_TYPES:
-            raise NotImplementedError(
-                f"model_type: got {self.model_type!r}, expected one of {list(_MODEL_TYPES)}"
-                + (
-                    ": its sparse indexer is not supported"
-                    if self.model_type.endswith("v32")
-                    else ""
-                )
-            )
+        _check_model_type(self.model_type)
         if not self.n_routed_experts:
             return
         if self.n_routed_experts % self.n_group:
@@ -116,10 +108,11 @@ class DeepseekConfig:
             NotImplementedError: the model has something this library does not.
         """
         model_type = config.get("model_type", "deepseek_v3")
+        _check_model_type(model_type)
         v3 = model_type in _V3_TYPES
         required = [n for n, f in cls.__dataclass_fields__.items() if f.default is MISSING]
         missing = [name for name in required if name not in config and name != "model_type"]
-        if missing and model_type in _MODEL_TYPES:
+        if missing:
             raise ValueError(f"config.json: {', '.join(missing)} missing")
         for key, expected in {
             "hidden_act": "silu",
@@ -163,6 +156,14 @@ class DeepseekConfig:
         out["num_key_value_heads"] = self.num_attention_heads
         out["architectures"] = [f"Deepseek{'V3' if self.is_v3 else 'V2'}ForCausalLM"]
         return out
+
+
+def _check_model_type(model_type: Any) -> None:
+    if model_type not in _MODEL_TYPES:
+        why = ": its sparse indexer is not supported" if model_type == "deepseek_v32" else ""
+        raise NotImplementedError(
+            f"model_type: got {model_type!r}, expected one of {list(_MODEL_TYPES)}{why}"
+        )
 
 
 def _rope_from_dict(config: Mapping[str, Any], interleaved: bool) -> RopeConfig:
