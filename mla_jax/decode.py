@@ -95,9 +95,9 @@ def flash_mla_with_kvcache(
     q, k_cache, block_table, cache_seqlens = map(
         jnp.asarray, (q, k_cache, block_table, cache_seqlens)
     )
-    _check(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale)
-    _check_schedule(tile_scheduler_metadata, num_splits, q.shape[0])
-    options = _options(q, head_dim_v, softmax_scale, causal, batch_invariant)
+    schedule = (tile_scheduler_metadata, num_splits)
+    options = _check(q, k_cache, block_table, cache_seqlens, head_dim_v, schedule, softmax_scale)
+    options |= {"causal": bool(causal), "batch_invariant": bool(batch_invariant)}
     chosen = _choose(implementation, q=q, k_cache=k_cache, block_table=block_table, **options)
     if chosen.implementation is None:
         errors = [NotImplementedError(f"{n}: {why}") for n, why in chosen.reasons.items()]
@@ -141,9 +141,13 @@ def explain(
     Raises:
         ValueError: an argument is wrong for every implementation.
     """
-    _check(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale)
-    _check_schedule(tile_scheduler_metadata, num_splits, q.shape[0])
-    options = _options(q, head_dim_v, softmax_scale, causal, batch_invariant)
+    # What the op makes of its arguments, without their values.
+    q, k_cache, block_table, cache_seqlens = jax.eval_shape(
+        lambda *arrays: arrays, q, k_cache, block_table, cache_seqlens
+    )
+    schedule = (tile_scheduler_metadata, num_splits)
+    options = _check(q, k_cache, block_table, cache_seqlens, head_dim_v, schedule, softmax_scale)
+    options |= {"causal": bool(causal), "batch_invariant": bool(batch_invariant)}
     return _choose(implementation, q=q, k_cache=k_cache, block_table=block_table, **options)
 
 
@@ -170,25 +174,20 @@ def _choose(implementation: Implementation, **inputs: Any) -> Explanation:
     return Explanation(None, reasons)
 
 
-def _options(
-    q: Any, head_dim_v: int, softmax_scale: float | None, causal: bool, batch_invariant: bool
-) -> dict[str, Any]:
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    return {
-        "head_dim_v": int(head_dim_v),
-        "softmax_scale": scale,
-        "causal": bool(causal),
-        "batch_invariant": bool(batch_invariant),
-    }
-
-
 def _describe(x: Any) -> str:
     return f"{x.dtype}{list(x.shape)}"
 
 
 def _check(
-    q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any, head_dim_v: int, scale: float | None
-) -> None:
+    q: Any,
+    k_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    head_dim_v: int,
+    schedule: tuple[Any, Any],
+    scale: float | None,
+) -> dict[str, Any]:
+    """Raises ValueError for arguments that no implementation takes; returns its static options."""
     if q.ndim != 4:
         raise ValueError(f"q: got {_describe(q)}, expected 4 axes [b, s_q, h_q, d_k]")
     if q.dtype not in _DTYPES:
@@ -225,6 +224,9 @@ def _check(
         raise ValueError("softmax_scale: got a traced value, expected a Python number or None")
     if scale is not None and not (float(scale) > 0 and math.isfinite(scale)):
         raise ValueError(f"softmax_scale: got {scale!r}, expected a positive finite number or None")
+    _check_schedule(*schedule, b)
+    scale = d_k**-0.5 if scale is None else float(scale)
+    return {"head_dim_v": int(head_dim_v), "softmax_scale": scale}
 
 
 def _check_schedule(metadata: Any, num_splits: Any, b: int) -> None:
@@ -235,6 +237,7 @@ def _check_schedule(metadata: Any, num_splits: Any, b: int) -> None:
             "tile_scheduler_metadata and num_splits: got one without the other, "
             "expected both results of get_mla_metadata or neither"
         )
+    metadata, num_splits = jax.eval_shape(lambda *arrays: arrays, metadata, num_splits)
     if metadata.ndim != 2 or metadata.shape[1] != METADATA_WIDTH or metadata.dtype != jnp.int32:
         raise ValueError(
             f"tile_scheduler_metadata: got {_describe(metadata)}, "

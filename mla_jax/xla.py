@@ -63,7 +63,10 @@ def decode(
         )
 
     if batch_invariant:
-        # One sequence at a time: the same arithmetic whatever the batch around it.
+        # One sequence at a time, in chunks of one size whatever the width of the table: the same
+        # arithmetic whatever the batch.
+        missing = -block_table.shape[1] % max(1, _CHUNK // k_cache.shape[1])
+        block_table = jnp.pad(block_table, ((0, 0), (0, missing)))
         out, lse = jax.lax.map(
             lambda x: jax.tree.map(lambda a: a[0], attend(*(a[None] for a in x))),
             (rows, block_table, visible),
@@ -157,7 +160,7 @@ def attend_pages(
     start = jax.tree.map(lambda x: x.astype(jnp.float32), start)
     num_chunks = (seqlens.max(initial=0) + chunk - 1) // chunk
     m, total, acc = jax.lax.fori_loop(0, num_chunks, step, start)
-    seen = total > 0
+    seen = total != 0
     total = jnp.where(seen, total, 1.0)
     out = acc / total[..., None]
     return out, jnp.where(seen, m + jnp.log(total), jnp.inf)

@@ -268,7 +268,6 @@ def test_same_bits_again(op, batch_invariant):
 
 @pytest.mark.parametrize(("s_q", "h_q"), [(1, 8), (2, 5)])
 def test_batch_invariant(op, s_q, h_q):
-    # Width and pool are as an engine has them: fixed, whatever the batch.
     shape = {"s_q": s_q, "h_q": h_q, "width": 20, "num_pages": 60}
     p = problem([1000, 65, 200, 0, 1], **shape)
     run = functools.partial(op, head_dim_v=512, causal=True, batch_invariant=True)
@@ -289,6 +288,25 @@ def test_batch_invariant(op, s_q, h_q):
     k_cache = np.empty_like(p.k_cache)
     k_cache[moved] = p.k_cache
     assert_same_bits(run(p.q, k_cache, table, p.cache_seqlens), whole)
+
+    short = p.rows(slice(1, 2))  # in a table that is as wide as it must be, or much wider
+    for width in (2, 75):
+        table = np.full((1, width), UNUSED, np.int32)
+        table[:, :2] = short.block_table[:, :2]
+        got = run(short.q, short.k_cache, table, short.cache_seqlens)
+        assert_same_bits(got, [x[1:2] for x in whole])
+
+
+def test_nan_in_a_used_slot_shows(op):
+    """Only what must not be read is silenced: a NaN that counts makes its queries NaN."""
+    p = problem([70, 70], s_q=1, h_q=3)
+    k_cache = p.k_cache.copy()
+    k_cache[p.block_table[1, 1], 2, 0, 5] = np.nan
+    out, lse = op(p.q, k_cache, p.block_table, p.cache_seqlens, 512)
+    assert np.isfinite(np.asarray(out[0], np.float32)).all()
+    assert np.isfinite(lse[0]).all()
+    assert np.isnan(np.asarray(out[1], np.float32)).all()
+    assert np.isnan(lse[1]).all()
 
 
 def test_batch_invariant_xla_multiplies_one_sequence_at_a_time():

@@ -1,0 +1,31 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What README says, run."""
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_blocks_run_in_order(capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 4
+    scope: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"README.md block {number}", "exec"), scope)
+    assert "runs: " in capsys.readouterr().out
+
+
+def test_first_block_is_two_commands():
+    """The first installs and runs the main job, the second installs and runs the tests."""
+    block = re.search(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert README.index("## Quick start") < block.start() == README.index("```")
+    first, second = block[1].splitlines()
+    assert first.endswith("mla-jax generate")
+    assert second.endswith("pytest")
+
+
+def test_links_to_files_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (Path(__file__).parents[1] / target).exists(), target
