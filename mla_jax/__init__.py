@@ -15,3 +15,5 @@ from mla_jax.module import MultiHeadLatentAttention as MultiHeadLatentAttention
 from mla_jax.rope import RopeConfig as RopeConfig
 from mla_jax.rope import YarnScaling as YarnScaling
 from mla_jax.schedule import get_mla_metadata as get_mla_metadata
+
+__version__ = "0.1.0"

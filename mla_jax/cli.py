@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from tokenizers import Tokenizer
 
+import mla_jax
 from mla_jax.cache import PagedKVCache
 from mla_jax.config import DeepseekConfig
 from mla_jax.decode import Explanation, explain
@@ -57,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mla-jax", description="FlashMLA for JAX.")
-    version = importlib.metadata.version("mla-jax")
-    parser.add_argument("--version", action="version", version=f"mla-jax {version}")
+    parser.add_argument("--version", action="version", version=f"mla-jax {mla_jax.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     common = _Parser(add_help=False)
@@ -260,9 +260,9 @@ def _explain(
 def _info(args: argparse.Namespace) -> None:
     config = DeepseekForCausalLM.read_config(TINY)
     choice = _explain(config, 1, 64, jnp.dtype(jnp.bfloat16), args)
-    packages = ("mla-jax", "jax", "jaxlib", "flax", "numpy")
-    versions = {"python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in packages}
+    versions = {"mla-jax": mla_jax.__version__, "python": platform.python_version()}
+    for name in ("jax", "jaxlib", "flax", "numpy"):
+        versions[name] = importlib.metadata.version(name)
     devices = [f"{d.id}: {d.device_kind}" for d in jax.devices()]
     info = {
         "versions": versions,

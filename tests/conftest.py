@@ -9,11 +9,15 @@ Environment:
 """
 
 import os
+import shutil
 
 # Before NumPy and JAX start: the processes of xdist share the cores and the memory of a GPU.
 _PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _PROCESSES)))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+if shutil.which("nvidia-smi") is None:
+    # On a CPU most of the time is compilation, half of it LLVM's optimisation.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
