@@ -15,9 +15,15 @@ import shutil
 _PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _PROCESSES)))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-if shutil.which("nvidia-smi") is None:
-    # On a CPU most of the time is compilation, half of it LLVM's optimisation.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the time is compilation: on a CPU half of it LLVM's optimisation, on a GPU autotuning.
+_FLAG = (
+    "xla_backend_optimization_level"
+    if shutil.which("nvidia-smi") is None
+    else "xla_gpu_autotune_level"
+)
+os.environ.setdefault("XLA_FLAGS", f"--{_FLAG}=0")
+# GPUs multiply float32 in a shorter format unless told.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op: every implementation against the float64 oracle, and the choice among them."""
 
-import contextlib
 import functools
 import itertools
 import logging
@@ -177,18 +176,10 @@ def test_lengths_at_every_border(op, dtype, page_size, d_k, d_v, heads, causal):
         page_size=page_size,
         dtype=dtype,
     )
-    with exact_products(dtype):
-        got = op(*p.arrays(), d_v, causal=causal)
+    got = op(*p.arrays(), d_v, causal=causal)
     assert got[0].dtype == dtype
     assert got[1].dtype == jnp.float32
     assert_close(got, attend(p, causal=causal))
-
-
-def exact_products(dtype: str) -> contextlib.AbstractContextManager:
-    """Keeps a GPU from rounding float32 products to TF32."""
-    if dtype == "float32":
-        return jax.default_matmul_precision("highest")
-    return contextlib.nullcontext()
 
 
 @pytest.mark.parametrize("scale", [0.02, np.float32(0.3)])

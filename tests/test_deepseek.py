@@ -20,13 +20,6 @@ LAYER = {"rtol": 0, "atol": 1e-4}
 STRIDE = {"rtol": 0, "atol": 2e-4}
 
 
-@pytest.fixture(autouse=True)
-def exact_matmul():
-    """GPUs multiply float32 in a shorter format unless told."""
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module", params=checkpoints.NAMES)
 def ref(request, tmp_path_factory):
     return checkpoints.load(request.param, tmp_path_factory.mktemp("checkpoints"))

@@ -32,13 +32,6 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def exact_matmul():
-    """GPUs multiply float32 in a shorter format unless told."""
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 def _make(dtype=jnp.float32, **changes):
     module = MultiHeadLatentAttention(
         **(SIZES | changes), dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(0)
