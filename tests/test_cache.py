@@ -129,9 +129,9 @@ def check(cache, model):
             assert np.array_equal(pages[rows, position % page_size, 0], want)
 
 
-def poisoned(**sizes):
+def poisoned(dtype=jnp.float32, **sizes):
     """An empty cache whose memory holds NaN."""
-    cache = PagedKVCache.create(d_k=D_K, dtype=jnp.float32, **sizes)
+    cache = PagedKVCache.create(d_k=D_K, dtype=dtype, **sizes)
     return dataclasses.replace(cache, pages=jnp.full_like(cache.pages, jnp.nan))
 
 
@@ -451,9 +451,15 @@ def between_steps(cache, num_tokens, latents):
         (between_steps, 1),
     ],
 )
-def test_the_compiled_program_updates_the_pool_in_place(program, t):
-    cache = poisoned(num_layers=3, num_pages=64, max_seqs=4, max_pages_per_seq=8, page_size=16)
-    num_tokens, latents = jnp.ones(4, jnp.int32), jnp.ones((4, t, D_K))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_compiled_program_updates_the_pool_in_place(program, t, dtype):
+    if dtype == "bfloat16" and jax.default_backend() == "cpu" and jax.__version_info__ < (0, 12):
+        pytest.skip(
+            "XLA's CPU backend emulates bfloat16 scatters by a float32 copy before jax 0.12"
+        )
+    sizes = {"num_layers": 3, "num_pages": 64, "max_seqs": 4, "max_pages_per_seq": 8}
+    cache = poisoned(**sizes, page_size=16, dtype=dtype)
+    num_tokens, latents = jnp.ones(4, jnp.int32), jnp.ones((4, t, D_K), dtype)
     compiled = jax.jit(program, donate_argnums=0).lower(cache, num_tokens, latents).compile()
     text = compiled.as_text()
     assert "input_output_alias={" in text

@@ -1,0 +1,169 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Deliberate mistakes in the code, and the tests that must catch them.
+
+Run: python tests/mutants.py [NAME ...]
+
+Each mistake is made in a copy of the package, the named tests are run on it until one fails, and
+the one that caught it is printed. A mistake that survives is an error. Takes some minutes.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutant(NamedTuple):
+    """A mistake: `old` stands once in `file` and becomes `new`; `tests` are pytest's arguments."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = {
+    "softmax scale without mscale squared": Mutant(
+        "rope.py", "_mscale(yarn.factor, yarn.mscale_all_dim) ** 2", "1.0", "test_module.py"
+    ),
+    "mscale once instead of squared": Mutant(
+        "rope.py", "yarn.mscale_all_dim) ** 2", "yarn.mscale_all_dim)", "test_deepseek.py -k rope"
+    ),
+    "rope pairs halves instead of neighbours": Mutant(
+        "rope.py",
+        "x0, x1 = pairs[..., 0::2], pairs[..., 1::2]",
+        "x0, x1 = jnp.split(pairs, 2, axis=-1)",
+        "test_module.py",
+    ),
+    "rope frequencies not interpolated": Mutant(
+        "rope.py", "inv_freq / yarn.factor * ramp", "inv_freq * ramp", "test_module.py"
+    ),
+    "causal off by one": Mutant(
+        "xla.py", "jnp.arange(1, s_q + 1)", "jnp.arange(s_q)", "test_decode.py -k 'not grid'"
+    ),
+    "NaN past the length not cleared": Mutant(
+        "xla.py",
+        "jnp.where((token < seqlens[:, None])[:, :, None, None], cached, 0)",
+        "cached",
+        "test_decode.py -k 'not grid'",
+    ),
+    "page off by one": Mutant(
+        "xla.py", "k_cache.at[ids].get", "k_cache.at[ids + 1].get", "test_decode.py -k 'not grid'"
+    ),
+    "negative page ids count from the end": Mutant(
+        "xla.py",
+        "jnp.where(table < 0, num_pages, table)",
+        "table",
+        "test_decode.py -k 'not grid'",
+    ),
+    "accumulator not rescaled": Mutant(
+        "xla.py", "alpha[..., None] * acc + pv", "acc + pv", "test_decode.py -k 'not grid'"
+    ),
+    "head groups transposed": Mutant(
+        "xla.py",
+        "q.reshape(b, s_q, h_kv, group, d_k).transpose(0, 2, 1, 3, 4)",
+        "q.reshape(b, s_q, group, h_kv, d_k).transpose(0, 3, 1, 2, 4)",
+        "test_decode.py -k 'not grid'",
+    ),
+    "split index off by one": Mutant(
+        "schedule.py", "dividing - before_seq, 0)", "dividing - before_seq - 1, 0)",
+        "test_schedule.py",
+    ),
+    "refcount not decremented": Mutant(
+        "cache.py",
+        "refcounts = jnp.zeros_like(self.refcounts).at[page].add(1, mode=\"drop\")",
+        "refcounts = jnp.zeros_like(self.refcounts).at[page].add(1, mode=\"drop\")\n"
+        "        refcounts = jnp.maximum(self.refcounts, refcounts)",
+        "test_cache.py",
+    ),
+    "shared page not copied before a write": Mutant(
+        "cache.py",
+        "copies = writes & (cache.refcounts[last] - left_before > 1)",
+        "copies = writes & False",
+        "test_cache.py",
+    ),
+    "copy-on-write in the first layer only": Mutant(
+        "cache.py",
+        "layer_start = jnp.arange(cache.num_layers, dtype=jnp.int32) * cache.num_pages",
+        "layer_start = jnp.arange(1, dtype=jnp.int32) * cache.num_pages",
+        "test_cache.py",
+    ),
+    "latents written one page on": Mutant(
+        "cache.py",
+        "layer * self.num_pages + page, outside",
+        "layer * self.num_pages + page + 1, outside",
+        "test_cache.py",
+    ),
+    "latents written one token on": Mutant(
+        "cache.py", "self.pages.at[row, position %", "self.pages.at[row, (position + 1) %",
+        "test_cache.py",
+    ),
+    "finished prompts keep their pages": Mutant(
+        "generate.py", "cache=cache.release(finished)", "cache=cache", "test_generate.py"
+    ),
+    "top_p keeps one token too few": Mutant(
+        "generate.py", "likelier = jnp.cumsum(p, axis=-1) - p", "likelier = jnp.cumsum(p, axis=-1)",
+        "test_generate.py",
+    ),
+    "latent norm's eps from rms_norm_eps": Mutant(
+        "module.py", "_LATENT_NORM_EPS = 1e-6", "_LATENT_NORM_EPS = 1e-5",
+        "test_deepseek.py -k 'moonlight and attention'",
+    ),
+    "losing groups masked with 0": Mutant(
+        "moe.py", "[0].sum(-1), -jnp.inf", "[0].sum(-1), 0.0", "test_deepseek.py -k 'quirks'"
+    ),
+    "correction bias in the weights": Mutant(
+        "moe.py", "jnp.take_along_axis(scores, experts", "jnp.take_along_axis(choice, experts",
+        "test_deepseek.py -k 'router'",
+    ),
+    "FP8 blocks counted along the wrong axis": Mutant(
+        "checkpoint.py", "rows = np.arange(w.shape[0]) // block[0]",
+        "rows = np.arange(w.shape[0]) % scale.shape[0]", "test_checkpoint.py -k fp8",
+    ),
+}  # fmt: skip
+
+
+def caught_by(mutant: Mutant) -> str | None:
+    """Returns the test that fails on the mutant, or None if all pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(shutil.copytree(ROOT / "mla_jax", Path(folder, "mla_jax")))
+        source = package / mutant.file
+        text = source.read_text()
+        if text.count(mutant.old) != 1:
+            raise SystemExit(f"{mutant.file}: {mutant.old!r} stands {text.count(mutant.old)} times")
+        source.write_text(text.replace(mutant.old, mutant.new))
+        command = f"{sys.executable} -m pytest -x -n 2 -p no:cacheprovider {mutant.tests}"
+        run = subprocess.run(
+            command,
+            shell=True,
+            cwd=ROOT / "tests",
+            env=os.environ | {"PYTHONPATH": folder},
+            capture_output=True,
+            text=True,
+        )
+    if run.returncode == 0:
+        return None
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
+    return failed[0] if failed else f"exit code {run.returncode}:\n{run.stdout}{run.stderr}"
+
+
+def main() -> int:
+    """Makes the mistakes one by one."""
+    names = sys.argv[1:] or list(MUTANTS)
+    survivors = 0
+    for name in names:
+        test = caught_by(MUTANTS[name])
+        survivors += test is None
+        print(f"{name}: {test or 'SURVIVED'}", flush=True)
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
