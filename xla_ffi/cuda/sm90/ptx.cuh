@@ -111,9 +111,8 @@ __device__ __forceinline__ void tma_load_multicast(void* dst, const CUtensorMap*
       : "memory");
 }
 
-// Brings `bytes` (a multiple of 16) of global memory into L2.
-__device__ __forceinline__ void prefetch_l2(const void* address, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
 }
 
 // Orders this thread's ordinary shared-memory accesses before later ones of tensor cores and TMA.

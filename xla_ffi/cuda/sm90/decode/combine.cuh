@@ -34,122 +34,191 @@ __device__ __forceinline__ void store_partial(const DecodeArgs& args, int slot, 
   }
 }
 
+// A split sequence as those who combine it see it.
+struct Split {
+  int first_part;  // holds the first piece; the others follow
+  int pieces;
+  int helpers;     // the parts, from the first on, that combine
+};
+
+// The counter counts `pieces` arrivals and `helpers` departures, then is zero again.
+__device__ __forceinline__ void count(uint32_t* counter, const Split& split) {
+  ptx::increment_wrap(counter, split.pieces + split.helpers - 1);
+}
+
 // Tells the others that this CTA's piece is written; called by all consumers.
-__device__ __forceinline__ void announce_partial(uint32_t* counter, int splits) {
+__device__ __forceinline__ void announce_partial(uint32_t* counter, const Split& split) {
   ptx::named_barrier_sync(kConsumers, kConsumerThreads);
   if (threadIdx.x == 0) {
     ptx::fence_gpu();
-    ptx::increment_wrap(counter, 2 * splits - 2);  // splits arrivals, splits - 1 departures
+    count(counter, split);
   }
 }
 
-// Sums of some of a split sequence's pieces for two rows: `out` relative to the maxima.
-struct PieceSums {
-  RowPair max, sum;
-  float4 out;  // two columns of row 0, two of row 1
+// Scratch of the combination, in the block buffers, which are free by then.
+struct CombineScratch {
+  float inverse[kTileRows];              // 1 / sum of all pieces' weights
+  float4 sums[8][32];
+  float2 stats[][kTileRows];             // [pieces]: (max, sum), then (factor, -)
 };
 
-// Takes the sums of other pieces in.
-__device__ __forceinline__ void merge(PieceSums& into, const RowPair& max, const RowPair& sum,
-                                      const float4& out) {
-  float old_factor[2], new_factor[2];
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    const float top = fmaxf(into.max.v[e], max.v[e]);
-    old_factor[e] = rescale_factor(into.max.v[e], top);
-    new_factor[e] = rescale_factor(max.v[e], top);
-    into.max.v[e] = top;
-    into.sum.v[e] = into.sum.v[e] * old_factor[e] + sum.v[e] * new_factor[e];
+// What combining threads need to find and place things.
+template <int kCtas>
+struct Combination {
+  const DecodeArgs& args;
+  CombineScratch& scratch;
+  Split split;
+  int seq, kv_head, first_row, rows, row_groups;
+  int first_slot, slot_stride;
+
+  // Piece s lies in slot 0 of its CTA, but the first one in slot 1.
+  __device__ __forceinline__ int slot_of(int s) const {
+    return first_slot + s * slot_stride + (s == 0);
   }
-  into.out.x = into.out.x * old_factor[0] + out.x * new_factor[0];
-  into.out.y = into.out.y * old_factor[0] + out.y * new_factor[0];
-  into.out.z = into.out.z * old_factor[1] + out.z * new_factor[1];
-  into.out.w = into.out.w * old_factor[1] + out.w * new_factor[1];
+};
+
+// Turns the pieces' statistics into factors for their sums; a quad of threads takes a row.
+template <int kCtas>
+__device__ __forceinline__ void find_factors(const Combination<kCtas>& c, bool write_lse) {
+  const int row = threadIdx.x / 4, member = threadIdx.x % 4;
+  if (row < 16 * c.row_groups) {  // whole warps
+    float max = kNegativeInfinity, sum = 0.f;
+#pragma unroll 4
+    for (int s = member; s < c.split.pieces; s += 4) {
+      const float2 v = __ldcg(c.args.partial_stats + c.slot_of(s) * kTileRows + row);
+      c.scratch.stats[s][row] = v;
+      max = fmaxf(max, v.x);
+    }
+    max = quad_max(max);
+    for (int s = member; s < c.split.pieces; s += 4) {
+      float2& v = c.scratch.stats[s][row];
+      v.x = rescale_factor(v.x, max);
+      sum += v.x * v.y;
+    }
+    sum = quad_sum(sum);
+    if (member == 0) {
+      c.scratch.inverse[row] = sum > 0.f ? 1.f / sum : 0.f;
+      if (write_lse && row < c.rows) {
+        c.args.lse[lse_offset(c.args, c.seq, c.kv_head, c.first_row + row)] =
+            log_sum_exp(max, sum);
+      }
+    }
+  }
+  ptx::named_barrier_sync(kConsumers, kConsumerThreads);
 }
 
-// Waits for all pieces and combines share `share` of `splits - 1`; called by all consumers. The
-// exchange lies in the block buffers, which are free by then.
-template <typename T, int kCtas>
-__device__ __forceinline__ void combine_share(const DecodeArgs& args, const Place<kCtas>& place,
-                                              const Item& item, int first_part, int splits,
-                                              PieceSums (&exchange)[8][32]) {
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int shares = splits - 1, share = place.part - first_part;
-  const int first_row = place.first_row(args), kv_head = place.kv_head(args);
-  const int rows = min(args.rows - first_row, kTileRows), row_groups = (rows + 15) / 16;
-  uint32_t* counter = args.counters + place.peer(args, first_part);
-  // Piece s lies in slot `slots + s * slot_stride`, but the first one in its CTA's other slot.
-  const int slots = partial_slot(place.peer(args, first_part), false);
-  const int slot_stride = 2 * args.groups * kCtas;
+// A unit is one fragment index of one warp of the partial outputs: 32 float4. A warp sums kUnits
+// units at a time, kPieces pieces of each, so that 16 loads are under way; with more than 16
+// pieces, all warps share one unit.
+template <typename T, int kUnits, int kPieces, int kCtas>
+__device__ __forceinline__ void combine_units(const Combination<kCtas>& c, int share) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool together = c.split.pieces > 16;
+  const int units = 64 * c.row_groups;
+  const int member = together ? warp : 0, team = together ? 8 : 1;
+  const int stride = c.split.helpers * (8 / team);  // to this warp's next unit
 
-  if (thread == 0) {
-    while (ptx::acquire_load(counter) < static_cast<uint32_t>(splits)) {
+  for (int base = share; base < units; base += stride * kUnits) {
+    const int first_unit = base + (together ? 0 : warp * c.split.helpers);
+    float4 sum[kUnits];
+    int fragment[kUnits], row[kUnits];
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const int unit = first_unit + u * stride;
+      fragment[u] = unit / c.row_groups;
+      const int row_group = unit - fragment[u] * c.row_groups;
+      row[u] = unit < units ? 16 * row_group + lane / 4 : kTileRows;
+      sum[u] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
-    ptx::increment_wrap(counter, 2 * splits - 2);
+    for (int first = member; first < c.split.pieces; first += team * kPieces) {
+      float4 v[kUnits][kPieces];
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          const int s = first + i * team;
+          if (s < c.split.pieces && row[u] < kTileRows) {
+            v[u][i] = __ldcg(c.args.partial_out + c.slot_of(s) * (64 * 128) + fragment[u] * 128 +
+                             row[u] / 16 * 32 + lane);
+          }
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          const int s = first + i * team;
+          if (s < c.split.pieces && row[u] < kTileRows) {
+            const float f0 = c.scratch.stats[s][row[u]].x, f1 = c.scratch.stats[s][row[u] + 8].x;
+            sum[u].x += v[u][i].x * f0, sum[u].y += v[u][i].y * f0;
+            sum[u].z += v[u][i].z * f1, sum[u].w += v[u][i].w * f1;
+          }
+        }
+      }
+    }
+    if (together) {
+      c.scratch.sums[warp][lane] = sum[0];
+      ptx::named_barrier_sync(kConsumers, kConsumerThreads);
+      if (member == 0) {
+#pragma unroll
+        for (int i = 1; i < 8; ++i) {
+          const float4 v = c.scratch.sums[i][lane];
+          sum[0].x += v.x, sum[0].y += v.y, sum[0].z += v.z, sum[0].w += v.w;
+        }
+      }
+      ptx::named_barrier_sync(kConsumers, kConsumerThreads);
+      if (member != 0) continue;
+    }
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const int column = fragment[u] * 8 + 2 * (lane % 4);  // fragment 32 h + i: 256 h + 8 i
+      const float2 out[2] = {{sum[u].x, sum[u].y}, {sum[u].z, sum[u].w}};
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int r = row[u] + 8 * e;
+        if (r >= c.rows) continue;
+        T* dst = static_cast<T*>(c.args.out) +
+                 out_offset(c.args, c.seq, c.kv_head, c.first_row + r) + column;
+        *reinterpret_cast<uint32_t*>(dst) = wgmma::Mma<T>::pack(
+            out[e].x * c.scratch.inverse[r], out[e].y * c.scratch.inverse[r]);
+      }
+    }
+  }
+}
+
+// Waits for all pieces and combines this part's share; called by all consumers.
+template <typename T, int kCtas>
+__device__ __forceinline__ void combine(const DecodeArgs& args, const Place<kCtas>& place, int seq,
+                                        const Split& split, void* scratch) {
+  const int rows = min(args.rows - place.first_row(args), kTileRows);
+  const Combination<kCtas> c = {args,
+                                *static_cast<CombineScratch*>(scratch),
+                                split,
+                                seq,
+                                place.kv_head(args),
+                                place.first_row(args),
+                                rows,
+                                (rows + 15) / 16,
+                                partial_slot(place.peer(args, split.first_part), false),
+                                2 * args.groups * kCtas};
+  if (threadIdx.x == 0) {
+    uint32_t* counter = args.counters + place.peer(args, split.first_part);
+    while (ptx::acquire_load(counter) < static_cast<uint32_t>(split.pieces)) {
+    }
+    count(counter, split);
   }
   ptx::named_barrier_sync(kConsumers, kConsumerThreads);
 
-  // A unit is one fragment index of one warp: 32 float4. One warp sums a unit's pieces, a batch at
-  // a time, or eight warps do when there are many.
-  constexpr int kBatch = 8;
-  const int team = splits > 2 * kBatch ? 8 : 1, member = team == 1 ? 0 : warp, teams = 8 / team;
-  const int units = 2 * 32 * row_groups;
-  for (int base = 0; base * shares + share < units; base += teams) {
-    const int unit = (base + (team == 1 ? warp : 0)) * shares + share;
-    const int fragment = unit / row_groups, row_group = unit - fragment * row_groups;
-    const int row = 16 * row_group + lane / 4;
-    PieceSums total = {{kNegativeInfinity, kNegativeInfinity}, {0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
-    if (unit < units) {
-      for (int first = member; first < splits; first += team * kBatch) {
-        float4 out[kBatch];
-        float2 stats[kBatch][2];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const int s = first + i * team;
-          stats[i][0] = stats[i][1] = make_float2(kNegativeInfinity, 0.f);
-          out[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-          if (s < splits) {
-            const int slot = slots + s * slot_stride + (s == 0);
-            stats[i][0] = __ldcg(args.partial_stats + slot * kTileRows + row);
-            stats[i][1] = __ldcg(args.partial_stats + slot * kTileRows + row + 8);
-            out[i] = __ldcg(args.partial_out + slot * (2 * 32 * 128) + fragment * 128 +
-                            row_group * 32 + lane);
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          merge(total, {stats[i][0].x, stats[i][1].x}, {stats[i][0].y, stats[i][1].y}, out[i]);
-        }
-      }
-    }
-    if (team > 1) {
-      exchange[warp][lane] = total;
-      ptx::named_barrier_sync(kConsumers, kConsumerThreads);
-      if (member == 0) {
-        for (int i = 1; i < 8; ++i) {
-          const PieceSums& other = exchange[i][lane];
-          merge(total, other.max, other.sum, other.out);
-        }
-      }
-      ptx::named_barrier_sync(kConsumers, kConsumerThreads);
-    }
-    if (unit < units && member == 0) {
-      const float2 out[2] = {{total.out.x, total.out.y}, {total.out.z, total.out.w}};
-      const int column = fragment * 8 + 2 * (lane % 4);  // fragment 32 h + i: columns 256 h + 8 i
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int r = first_row + row + 8 * e;
-        if (r >= args.rows) continue;
-        const float inverse = total.sum.v[e] > 0.f ? 1.f / total.sum.v[e] : 0.f;
-        T* dst = static_cast<T*>(args.out) + out_offset(args, item.seq, kv_head, r) + column;
-        *reinterpret_cast<uint32_t*>(dst) =
-            wgmma::Mma<T>::pack(out[e].x * inverse, out[e].y * inverse);
-        if (fragment == 0 && lane % 4 == 0) {
-          args.lse[lse_offset(args, item.seq, kv_head, r)] =
-              log_sum_exp(total.max.v[e], total.sum.v[e]);
-        }
-      }
-    }
+  const int share = place.part - split.first_part;
+  find_factors(c, share == 0);
+  if (split.pieces <= 2) {
+    combine_units<T, 8, 2>(c, share);
+  } else if (split.pieces <= 4) {
+    combine_units<T, 4, 4>(c, share);
+  } else if (split.pieces <= 8) {
+    combine_units<T, 2, 8>(c, share);
+  } else {
+    combine_units<T, 1, 16>(c, share);
   }
 }
 

@@ -36,97 +36,79 @@ struct Decode {
   using Here = Place<kCtas>;
   static constexpr int kBoxTokens = kBlockTokens / kCtas;  // of each block, copied by this CTA
   static constexpr int kBoxShift = kCtas == 1 ? 6 : 5;      // its log2
-  static constexpr int kPrefetchBlocks = 2;                // how far ahead blocks are brought to L2
+  static constexpr int kMaxCopies = kBoxTokens / 16;        // with the smallest pages
 
   // ---- Producer ----
 
-  // Copies all queries and blocks of the part, in order, as buffers become free. Two buffers are too
-  // few to cover the latency of DRAM, so blocks further on are brought into L2 beforehand. The loops
-  // are not unrolled: in short sequences, fetching code is a good part of the time.
-  __device__ static void produce(const DecodeArgs& args, const CUtensorMap& query_map,
-                                 const CUtensorMap& cache_map, Shared& shared, const Here& place) {
-    const int lane = threadIdx.x % 32;
+  // Copies the queries of the part's items; run by one thread.
+  __device__ static void produce_queries(const DecodeArgs& args, const CUtensorMap& map,
+                                         Shared& shared, const Here& place) {
+    for_each_item(args, shared.part, [&](const Item& item) {
+      ptx::mbarrier_wait(&shared.query_empty, item.parity ^ 1);
+#pragma unroll 1
+      for (int piece = 0; piece < kPieces; ++piece) {
+        uint64_t* full = &shared.query_full[piece];
+        ptx::mbarrier_arrive_expect_tx(full, args.query_box_rows * 128);
+        ptx::tma_load(shared.query[piece], &map, full, piece * 64, place.first_row(args),
+                      place.kv_head(args), item.seq);
+      }
+    });
+  }
+
+  // Copies pieces [kBegin, kEnd) of all blocks of the part as their half of a buffer becomes free;
+  // run by one thread. Its pace bounds the kernel's: what a copy needs is known before.
+  template <int kHalf, int kBegin, int kEnd>
+  __device__ static void produce_cache(const DecodeArgs& args, const CUtensorMap& map,
+                                       Shared& shared, const Here& place) {
     const int kv_head = place.kv_head(args);
-    const int box_shift = min(args.page_shift, kBoxShift);   // log2 of the tokens of one copy
-    const int copies_shift = kBoxShift - box_shift;          // and of the copies of a block's share
-    const int copies = 1 << copies_shift;
+    const int box_shift = min(args.page_shift, kBoxShift);  // log2 of the tokens of one copy
+    const int copies = kBoxTokens >> box_shift;             // that make up this CTA's share
     const uint64_t policy = ptx::l2_evict_first_policy();
     uint32_t uses[2] = {0, 0};
 
     for_each_item(args, shared.part, [&](const Item& item) {
       const int32_t* table = args.block_table + int64_t{item.seq} * args.max_pages_per_seq;
-      // Copy c of the item: its first token, and the page that holds it; past the end no page.
-      const auto token_of = [&](int copy) {
-        return (item.begin + (copy >> copies_shift)) * kBlockTokens + place.rank * kBoxTokens +
-               ((copy & (copies - 1)) << box_shift);
+      const auto token_of = [&](int block, int copy) {  // the first of the copy
+        return block * kBlockTokens + place.rank * kBoxTokens + (copy << box_shift);
       };
-      const auto page_of = [&](int copy) {
-        const int token = token_of(copy);
-        return token < item.tokens ? __ldg(table + (token >> args.page_shift)) : -1;
+      int pages[kMaxCopies];  // of the block at hand; past the end none: zeros
+      const auto find_pages = [&](int block) {
+#pragma unroll
+        for (int c = 0; c < kMaxCopies; ++c) {
+          const int token = token_of(block, c);
+          pages[c] = c < copies && token < item.tokens ? __ldg(table + (token >> args.page_shift))
+                                                       : -1;
+        }
       };
-      int pages = page_of(lane), next_pages = 0;  // this lane's of 32 copies, and of the next 32
-
-      ptx::mbarrier_wait(&shared.query_empty, item.parity ^ 1);
+      find_pages(item.begin);
+#pragma unroll 1
       for (int block = item.begin; block < item.end; ++block) {
-        const int first_copy = (block - item.begin) << copies_shift;
         const int buffer = (block - item.begin) & 1;
         const uint32_t parity = (uses[buffer]++ & 1) ^ 1;
-#pragma unroll 1
-        for (int piece = 0; piece < kPieces; ++piece) {
-          // The RoPE piece holds weights that both halves need: it goes with the later half.
-          if (piece % 4 == 0) ptx::mbarrier_wait(&shared.cache_empty[buffer][piece / 4 % 2], parity);
+        ptx::mbarrier_wait(&shared.cache_empty[buffer][kHalf], parity);
+#pragma unroll
+        for (int piece = kBegin; piece < kEnd; ++piece) {
+          // An odd block's weights, in this piece, are last read for the other half of the output.
+          if (piece == kWeightsPiece) ptx::mbarrier_wait(&shared.cache_empty[buffer][0], parity);
           uint64_t* full = &shared.cache_full[buffer][piece];
-          if (lane == 0) {
-            if (block == item.begin) {
-              ptx::mbarrier_arrive_expect_tx(&shared.query_full[piece], wgmma::kPieceBytes);
-              ptx::tma_load(shared.query[piece], &query_map, &shared.query_full[piece], piece * 64,
-                            place.first_row(args), kv_head, item.seq);
-            }
-            ptx::mbarrier_arrive_expect_tx(full, wgmma::kPieceBytes);
-          }
-#pragma unroll 1
-          for (int c = 0; c < copies; ++c) {
-            const int page = __shfl_sync(0xFFFFFFFFu, pages, (first_copy + c) % 32);
-            const int row = token_of(first_copy + c) & (args.page_size - 1);
+          ptx::mbarrier_arrive_expect_tx(full, wgmma::kPieceBytes);
+#pragma unroll
+          for (int c = 0; c < kMaxCopies; ++c) {
+            if (c > 0 && c >= copies) break;
+            const int row = token_of(block, c) & (args.page_size - 1);
             uint8_t* dst = shared.cache[buffer][piece] +
                            (place.rank * kBoxTokens + (c << box_shift)) * 128;
-            if (lane == 0) {
-              if constexpr (kCtas == 1) {
-                ptx::tma_load(dst, &cache_map, full, piece * 64, row, kv_head, page, policy);
-              } else {
-                ptx::tma_load_multicast(dst, &cache_map, full, piece * 64, row, kv_head, page,
-                                        policy, (1 << kCtas) - 1);
-              }
+            if constexpr (kCtas == 1) {
+              ptx::tma_load(dst, &map, full, piece * 64, row, kv_head, pages[c], policy);
+            } else {
+              ptx::tma_load_multicast(dst, &map, full, piece * 64, row, kv_head, pages[c], policy,
+                                      (1 << kCtas) - 1);
             }
           }
         }
-        const int done = first_copy + copies;  // 32 is a multiple of copies
-        if (done % 32 == copies) next_pages = page_of(done - copies + 32 + lane);
-        if (block + kPrefetchBlocks < item.end) {
-          prefetch(args, place, token_of, pages, next_pages, first_copy, copies, box_shift);
-        }
-        if (done % 32 == 0) pages = next_pages;
+        if (block + 1 < item.end) find_pages(block + 1);
       }
     });
-  }
-
-  // Brings the share of the block kPrefetchBlocks past the one that begins with `first_copy` into L2.
-  template <typename TokenOf>
-  __device__ __forceinline__ static void prefetch(const DecodeArgs& args, const Here& place,
-                                                  const TokenOf& token_of, int pages,
-                                                  int next_pages, int first_copy, int copies,
-                                                  int box_shift) {
-    if (args.h_kv != 1) return;  // not contiguous
-    const int lane = threadIdx.x % 32;
-    const int ahead = first_copy % 32 + kPrefetchBlocks * copies + lane;
-    const int near = __shfl_sync(0xFFFFFFFFu, pages, ahead % 32);
-    const int far = __shfl_sync(0xFFFFFFFFu, next_pages, ahead % 32);
-    const int page = ahead < 32 ? near : far;
-    if (lane < copies && page >= 0 && page < args.num_pages) {
-      const int row = token_of(first_copy + kPrefetchBlocks * copies + lane) & (args.page_size - 1);
-      ptx::prefetch_l2(args.cache + (int64_t{page} * args.page_size + row) * args.token_bytes,
-                       args.token_bytes << box_shift);
-    }
   }
 
   // ---- Consumers ----
@@ -162,17 +144,17 @@ struct Decode {
     }
   }
 
-  // scores = Q K^T, piece by piece as they arrive.
+  // Starts scores = Q K^T, piece by piece as they arrive.
   template <int kBuffer>
-  __device__ __forceinline__ static void compute_scores(Shared& shared, uint32_t parity,
-                                                        bool first_of_item, int item_parity,
-                                                        float (&scores)[32]) {
+  __device__ __forceinline__ static void start_scores(Shared& shared, uint32_t parity,
+                                                      const Item& item, int block,
+                                                      float (&scores)[32]) {
     const uint64_t a = wgmma::row_major_descriptor(shared.query[0]);
     const uint64_t b = wgmma::row_major_descriptor(shared.cache[kBuffer][0]);
     wgmma::pin(scores);
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
-      if (first_of_item) ptx::mbarrier_wait(&shared.query_full[piece], item_parity);
+      if (block < item.begin + 2) ptx::mbarrier_wait(&shared.query_full[piece], item.parity);
       ptx::mbarrier_wait(&shared.cache_full[kBuffer][piece], parity);
       wgmma::fence();
 #pragma unroll
@@ -182,8 +164,6 @@ struct Decode {
       }
     }
     wgmma::commit();
-    wgmma::wait<0>();
-    wgmma::pin(scores);
   }
 
   // Starts output += weights V over one block, with the weights of this thread's rows in registers.
@@ -280,7 +260,9 @@ struct Decode {
     float scores[32];
     int block = item.begin;
     for (; block + 1 < item.end; block += 2) {
-      compute_scores<0>(shared, uses++ & 1, block == item.begin, item.parity, scores);
+      start_scores<0>(shared, uses++ & 1, item, block, scores);
+      wgmma::wait<0>();
+      wgmma::pin(scores);
       weigh<0>(args, shared, item, rows, block, scores, max, sum, factor, weights);
       rescale(output, factor);
       start_output<0, 0>(shared, weights, output);
@@ -293,7 +275,9 @@ struct Decode {
       finish(output, &shared.cache_empty[1][0]);
     }
     if (block < item.end) {
-      compute_scores<0>(shared, uses++ & 1, block == item.begin, item.parity, scores);
+      start_scores<0>(shared, uses++ & 1, item, block, scores);
+      wgmma::wait<0>();
+      wgmma::pin(scores);
       weigh<0>(args, shared, item, rows, block, scores, max, sum, factor, weights);
       clear_past_end<0, 0>(shared, block, item.tokens);
       rescale(output, factor);
@@ -312,7 +296,9 @@ struct Decode {
     float scores[32];
     int block = item.begin;
     for (; block + 1 < item.end; block += 2) {
-      compute_scores<1>(shared, uses++ & 1, block == item.begin, item.parity, scores);
+      start_scores<1>(shared, uses++ & 1, item, block + 1, scores);
+      wgmma::wait<0>();
+      wgmma::pin(scores);
       follow<0>(shared, rows, max, sum, factor);
       rescale(output, factor);
       start_output<0, 1>(shared, output);
@@ -382,6 +368,7 @@ struct Decode {
                                  int half) {
     uint32_t uses = 0;  // of this warpgroup's block buffer
     const Part& part = shared.part;
+    Split split = {0, 0, 0};  // of the item at hand
     for_each_item(args, part, [&](const Item& item) {
       const Rows rows = rows_of(args, place, item);
       RowPair max = {kNegativeInfinity, kNegativeInfinity}, sum = {0.f, 0.f};
@@ -407,23 +394,25 @@ struct Decode {
         sum.v[e] = sums[0][rows.local + 8 * e] + sums[1][rows.local + 8 * e];
       }
 
+      split.helpers = 0;
       if (item.whole) {
+        split.first_part = 0;
         store_output(args, place, item, rows, half, output, max, sum);
         return;
       }
       if (args.rows <= place.first_row(args)) return;  // a tile of no rows has nobody to tell
       const bool last = item.seq == part.end_seq;
-      const int first_part = last ? part.end_seq_first_part : part.begin_seq_first_part;
-      const int last_part = last ? part.end_seq_last_part : place.part;
-      const int splits = last_part - first_part + 1;
-      const int slot = partial_slot(blockIdx.x, item.begin == 0);
-      store_partial(args, slot, half, args.rows - place.first_row(args), output, max, sum);
-      announce_partial(args.counters + place.peer(args, first_part), splits);
-      if (place.part != last_part) {
-        combine_share<T, kCtas>(args, place, item, first_part, splits,
-                                reinterpret_cast<PieceSums(&)[8][32]>(shared.cache));
-      }
+      split.first_part = last ? part.end_seq_first_part : part.begin_seq_first_part;
+      split.pieces = (last ? part.end_seq_last_part : place.part) - split.first_part + 1;
+      split.helpers = split.pieces - !part.one_sequence;
+      store_partial(args, partial_slot(blockIdx.x, item.begin == 0), half,
+                    args.rows - place.first_row(args), output, max, sum);
+      announce_partial(args.counters + place.peer(args, split.first_part), split);
     });
+    // Whoever goes on to another sequence holds nobody up: only the last item is waited for.
+    if (place.part < split.first_part + split.helpers) {
+      combine<T, kCtas>(args, place, part.end_seq, split, shared.cache);
+    }
   }
 };
 
@@ -455,6 +444,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::mbarrier_init(&shared.query_empty, 8);
     for (int i = 0; i < 4; ++i) ptx::mbarrier_init(&shared.cache_empty[i / 2][i % 2], 4 * kCtas);
     ptx::mbarrier_init_fence();
+  } else if (threadIdx.x < kConsumerThreads) {
+    // The block table is wanted as soon as the part is known; a small one gets here meanwhile.
+    const int64_t entry = int64_t{threadIdx.x - 1} * 32;
+    if (entry < int64_t{args.b} * args.max_pages_per_seq) ptx::prefetch_l2(args.block_table + entry);
   }
   __syncthreads();
   if constexpr (kCtas > 1) ptx::cluster_sync();
@@ -462,7 +455,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   // 168 registers a thread at launch; the producer's go to the consumers.
   if (warpgroup == 2) {
     ptx::registers_shrink<40>();
-    if (warp == 8) Kernel::produce(args, query_map, cache_map, shared, place);
+    if (threadIdx.x == 256) {
+      Kernel::template produce_cache<0, 0, 4>(args, cache_map, shared, place);
+    } else if (threadIdx.x == 288) {
+      Kernel::template produce_cache<1, 4, kPieces>(args, cache_map, shared, place);
+    } else if (threadIdx.x == 320) {
+      Kernel::produce_queries(args, query_map, shared, place);
+    }
+    __syncwarp();
   } else {
     ptx::registers_grow<232>();
     Kernel::consume(args, shared, place, warpgroup);

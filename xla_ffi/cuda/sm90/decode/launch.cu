@@ -52,7 +52,8 @@ cudaError_t make_map(CUtensorMap* map, const void* base, MlaDtype dtype, uint64_
 template <typename T, int kPieces, int kCtas>
 cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, cudaStream_t stream) {
   CUtensorMap query_map, cache_map;
-  cudaError_t error = make_map(&query_map, p.q, p.dtype, p.d_k, args.rows, p.h_kv, p.b, kTileRows);
+  cudaError_t error = make_map(&query_map, p.q, p.dtype, p.d_k, args.rows, p.h_kv, p.b,
+                               args.query_box_rows);
   if (error != cudaSuccess) return error;
   error = make_map(&cache_map, p.k_cache, p.dtype, p.d_k, p.page_size, p.h_kv, p.num_pages,
                    std::min(p.page_size, kBlockTokens / kCtas));
@@ -119,7 +120,6 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
   if (error != cudaSuccess) return error;
 
   DecodeArgs args;
-  args.cache = static_cast<const char*>(p.k_cache);
   args.block_table = p.block_table;
   args.seqlens = p.cache_seqlens;
   args.out = p.out;
@@ -132,10 +132,9 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
   args.s_q = p.s_q;
   args.h_q = p.h_q;
   args.h_kv = p.h_kv;
-  args.num_pages = p.num_pages;
-  args.token_bytes = p.d_k * 2;
   args.heads_per_kv = p.h_q / p.h_kv;
   args.rows = p.s_q * args.heads_per_kv;
+  args.query_box_rows = std::min((args.rows + 7) / 8 * 8, kTileRows);
   args.page_size = p.page_size;
   args.page_shift = __builtin_ctz(p.page_size);
   args.max_pages_per_seq = p.max_pages_per_seq;

@@ -23,7 +23,6 @@ inline constexpr int kConsumerThreads = 256;
 inline constexpr int kThreads = 384;
 
 struct DecodeArgs {
-  const char* cache;
   const int32_t* block_table;
   const int32_t* seqlens;
   void* out;
@@ -32,10 +31,9 @@ struct DecodeArgs {
   float2* partial_stats;  // [slots][kTileRows]: (max in log2 units, sum)
   uint32_t* counters;     // [CTAs]
   int b, s_q, h_q, h_kv;
-  int num_pages;
-  int token_bytes;        // of one token of one kv head
   int heads_per_kv;       // G = h_q / h_kv
   int rows;               // s_q * G
+  int query_box_rows;     // rows of a tile that are copied; the tile's others are never stored
   int page_size, page_shift;  // a power of two, and its log2
   int max_pages_per_seq;
   int groups;             // clusters that go through the same blocks: row tile pairs * h_kv

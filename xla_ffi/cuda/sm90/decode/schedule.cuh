@@ -28,6 +28,7 @@ struct Part {
   int end_seq, end_block;
   int begin_seq_first_part;                    // the part that holds block 0 of begin_seq
   int end_seq_first_part, end_seq_last_part;   // the parts that hold end_seq's first and last block
+  bool one_sequence;                           // no part spans two sequences
 };
 
 // Tokens of sequence i that count. Lengths may be anything; the table bounds them.
@@ -90,7 +91,7 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
     }
   }
 
-  if (lane == 0) *result = Part{b, 0, -1, 0, 0, 0, 0};  // stays empty past the line's end
+  if (lane == 0) *result = Part{b, 0, -1, 0, 0, 0, 0, gap == 0};  // stays empty past the line's end
   __syncwarp();
   const int begin = part * size, end = begin + size;
   const auto cost_of = [&](int n) { return gap > 0 ? n + gap : ceil_div(n, size) * size; };
