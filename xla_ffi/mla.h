@@ -20,14 +20,14 @@ typedef enum MlaDtype { MLA_BF16 = 0, MLA_F16 = 1 } MlaDtype;
 // With G = h_q / h_kv, packed query row r = j * G + g stands for query j in [0, s_q) of head
 // kv_head * G + g.
 typedef struct MlaDecodeParams {
-  const void* q;               // [b, s_q * G, h_kv, d_k]; for h_kv == 1 this is [b, s_q, h_q, d_k]
-  const void* k_cache;         // [num_pages, page_size, h_kv, d_k]
-  const int32_t* block_table;  // [b, max_pages_per_seq]; an id outside [0, num_pages) reads as zeros
+  const void* q;                 // [b, s_q * G, h_kv, d_k]; [b, s_q, h_q, d_k] when h_kv == 1
+  const void* k_cache;           // [num_pages, page_size, h_kv, d_k]
+  const int32_t* block_table;    // [b, max_pages_per_seq]; ids outside the pool read as zeros
   const int32_t* cache_seqlens;  // [b], clamped to [0, max_pages_per_seq * page_size]
-  void* out;                   // [b, s_q, h_q, d_v]
-  float* lse;                  // [b, h_q, s_q], natural log; +inf where nothing is attended to
-  void* workspace;             // mla_sm90_decode_workspace_bytes() bytes, 16-byte aligned
-  uint32_t* counters;          // [MLA_SM90_MAX_CTAS], all zero; all zero again after the call
+  void* out;                     // [b, s_q, h_q, d_v]
+  float* lse;                    // [b, h_q, s_q], natural log; +inf where nothing is attended to
+  void* workspace;               // mla_sm90_decode_workspace_bytes() bytes, 16-byte aligned
+  uint32_t* counters;            // [MLA_SM90_MAX_CTAS], all zero; all zero again after the call
 
   int32_t b, s_q, h_q, h_kv;
   int32_t d_k;  // 576 or 512

@@ -24,8 +24,8 @@ __device__ __forceinline__ void store_partial(const DecodeArgs& args, int slot, 
   float4* dst = args.partial_out + (int64_t{slot} * 2 + half) * 32 * 128 + thread;
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
-    __stcg(dst + i * 128, make_float4(output[4 * i], output[4 * i + 1], output[4 * i + 2],
-                                      output[4 * i + 3]));
+    __stcg(dst + i * 128,
+           make_float4(output[4 * i], output[4 * i + 1], output[4 * i + 2], output[4 * i + 3]));
   }
   if (half == 0 && thread % 4 == 0) {
     float2* stats = args.partial_stats + slot * kTileRows + row;
@@ -38,7 +38,7 @@ __device__ __forceinline__ void store_partial(const DecodeArgs& args, int slot, 
 struct Split {
   int first_part;  // holds the first piece; the others follow
   int pieces;
-  int helpers;     // the parts, from the first on, that combine
+  int helpers;  // the parts, from the first on, that combine
 };
 
 // The counter counts `pieces` arrivals and `helpers` departures, then is zero again.
@@ -57,9 +57,9 @@ __device__ __forceinline__ void announce_partial(uint32_t* counter, const Split&
 
 // Scratch of the combination, in the block buffers, which are free by then.
 struct CombineScratch {
-  float inverse[kTileRows];              // 1 / sum of all pieces' weights
+  float inverse[kTileRows];  // 1 / sum of all pieces' weights
   float4 sums[8][32];
-  float2 stats[][kTileRows];             // [pieces]: (max, sum), then (factor, -)
+  float2 stats[][kTileRows];  // [pieces]: (max, sum), then (factor, -)
 };
 
 // What combining threads need to find and place things.
@@ -99,8 +99,7 @@ __device__ __forceinline__ void find_factors(const Combination<kCtas>& c, bool w
     if (member == 0) {
       c.scratch.inverse[row] = sum > 0.f ? 1.f / sum : 0.f;
       if (write_lse && row < c.rows) {
-        c.args.lse[lse_offset(c.args, c.seq, c.kv_head, c.first_row + row)] =
-            log_sum_exp(max, sum);
+        c.args.lse[lse_offset(c.args, c.seq, c.kv_head, c.first_row + row)] = log_sum_exp(max, sum);
       }
     }
   }
@@ -179,8 +178,8 @@ __device__ __forceinline__ void combine_units(const Combination<kCtas>& c, int s
         if (r >= c.rows) continue;
         T* dst = static_cast<T*>(c.args.out) +
                  out_offset(c.args, c.seq, c.kv_head, c.first_row + r) + column;
-        *reinterpret_cast<uint32_t*>(dst) = wgmma::Mma<T>::pack(
-            out[e].x * c.scratch.inverse[r], out[e].y * c.scratch.inverse[r]);
+        *reinterpret_cast<uint32_t*>(dst) =
+            wgmma::Mma<T>::pack(out[e].x * c.scratch.inverse[r], out[e].y * c.scratch.inverse[r]);
       }
     }
   }

@@ -6,15 +6,15 @@
 // A CTA holds 64 packed query rows and walks through blocks of 64 tokens: scores = Q K^T, weights =
 // softmax, output += weights V, where V is the first 512 columns of K. Three warpgroups:
 //
-//   producer   one warp; copies pages to the two block buffers by TMA, 64 columns at a time
 //   even (0)   scores and weights of blocks 0, 2, ..; columns   0..255 of the output, every block
 //   odd  (1)   scores and weights of blocks 1, 3, ..; columns 256..511 of the output, every block
+//   copies     three threads: the queries, and each half of the two block buffers, by TMA
 //
 // The output of 64 x 512 floats fits in registers only when halved, so each warpgroup needs the
 // other's weights; they pass through shared memory, in the block's dead RoPE piece. The running
 // maxima pass with them. While one warpgroup does a softmax, the tensor cores work for the other:
 //
-//   even:  scores 0 | softmax 0 | out 0 (left)          | out 1 (left)  | scores 2 ...
+//   even:  scores 0 | softmax 0 | out 0 (left)            | out 1 (left)  | scores 2 ...
 //   odd:         scores 1       | out 0 (right), softmax 1 | out 1 (right) | scores 3 ...
 //
 // Two CTAs with different rows of the same sequence form a cluster: each copies half of every block
@@ -29,16 +29,15 @@
 
 namespace mla {
 
-// Q, K and V pieces of a CTA in flight, seen by the producer and both consumers.
 template <typename T, int kPieces, int kCtas>
 struct Decode {
   using Mma = wgmma::Mma<T>;
   using Here = Place<kCtas>;
   static constexpr int kBoxTokens = kBlockTokens / kCtas;  // of each block, copied by this CTA
-  static constexpr int kBoxShift = kCtas == 1 ? 6 : 5;      // its log2
-  static constexpr int kMaxCopies = kBoxTokens / 16;        // with the smallest pages
+  static constexpr int kBoxShift = kCtas == 1 ? 6 : 5;     // its log2
+  static constexpr int kMaxCopies = kBoxTokens / 16;       // with the smallest pages
 
-  // ---- Producer ----
+  // ---- Copies ----
 
   // Copies the queries of the part's items; run by one thread.
   __device__ static void produce_queries(const DecodeArgs& args, const CUtensorMap& map,
@@ -76,8 +75,8 @@ struct Decode {
 #pragma unroll
         for (int c = 0; c < kMaxCopies; ++c) {
           const int token = token_of(block, c);
-          pages[c] = c < copies && token < item.tokens ? __ldg(table + (token >> args.page_shift))
-                                                       : -1;
+          pages[c] =
+              c < copies && token < item.tokens ? __ldg(table + (token >> args.page_shift)) : -1;
         }
       };
       find_pages(item.begin);
@@ -96,8 +95,8 @@ struct Decode {
           for (int c = 0; c < kMaxCopies; ++c) {
             if (c > 0 && c >= copies) break;
             const int row = token_of(block, c) & (args.page_size - 1);
-            uint8_t* dst = shared.cache[buffer][piece] +
-                           (place.rank * kBoxTokens + (c << box_shift)) * 128;
+            uint8_t* dst =
+                shared.cache[buffer][piece] + (place.rank * kBoxTokens + (c << box_shift)) * 128;
             if constexpr (kCtas == 1) {
               ptx::tma_load(dst, &map, full, piece * 64, row, kv_head, pages[c], policy);
             } else {
@@ -111,7 +110,7 @@ struct Decode {
     });
   }
 
-  // ---- Consumers ----
+  // ---- Scores, weights, output ----
 
   // Rows and limits of this thread within an item.
   struct Rows {
@@ -219,6 +218,9 @@ struct Decode {
       mask_scores(scores, block * kBlockTokens + 2 * (threadIdx.x % 4), rows.limit);
     }
     softmax_block<T>(scores, args.scale_log2, max, sum, factor, weights);
+    // The weights overwrite K's RoPE piece: all four warps must be done with the scores. The odd
+    // warpgroup has met in follow().
+    if constexpr (kBuffer == 0) ptx::named_barrier_sync(kWarpgroup, 128);
     store_weights(shared.cache[kBuffer][kWeightsPiece], weights);
     if (threadIdx.x % 4 == 0) {
       shared.max[kBuffer][rows.local] = max.v[0];
@@ -382,7 +384,7 @@ struct Decode {
       }
       if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.query_empty);
 
-      float(&sums)[2][kTileRows] = shared.sum[item.parity];
+      float (&sums)[2][kTileRows] = shared.sum[item.parity];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         sum.v[e] = quad_sum(sum.v[e]);
@@ -423,8 +425,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                   const __grid_constant__ CUtensorMap cache_map) {
   using Kernel = Decode<T, kPieces, kCtas>;
   extern __shared__ uint8_t raw_shared[];
-  auto& shared = *reinterpret_cast<Shared*>(
-      raw_shared + (1024 - ptx::smem_address(raw_shared) % 1024) % 1024);
+  auto& shared =
+      *reinterpret_cast<Shared*>(raw_shared + (1024 - ptx::smem_address(raw_shared) % 1024) % 1024);
   const auto place = Place<kCtas>::here(args);
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
 
@@ -447,12 +449,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else if (threadIdx.x < kConsumerThreads) {
     // The block table is wanted as soon as the part is known; a small one gets here meanwhile.
     const int64_t entry = int64_t{threadIdx.x - 1} * 32;
-    if (entry < int64_t{args.b} * args.max_pages_per_seq) ptx::prefetch_l2(args.block_table + entry);
+    const int64_t entries = int64_t{args.b} * args.max_pages_per_seq;
+    if (entry < entries) ptx::prefetch_l2(args.block_table + entry);
   }
   __syncthreads();
   if constexpr (kCtas > 1) ptx::cluster_sync();
 
-  // 168 registers a thread at launch; the producer's go to the consumers.
+  // 168 registers a thread at launch; the copiers' go to the others.
   if (warpgroup == 2) {
     ptx::registers_shrink<40>();
     if (threadIdx.x == 256) {

@@ -52,8 +52,8 @@ cudaError_t make_map(CUtensorMap* map, const void* base, MlaDtype dtype, uint64_
 template <typename T, int kPieces, int kCtas>
 cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, cudaStream_t stream) {
   CUtensorMap query_map, cache_map;
-  cudaError_t error = make_map(&query_map, p.q, p.dtype, p.d_k, args.rows, p.h_kv, p.b,
-                               args.query_box_rows);
+  cudaError_t error =
+      make_map(&query_map, p.q, p.dtype, p.d_k, args.rows, p.h_kv, p.b, args.query_box_rows);
   if (error != cudaSuccess) return error;
   error = make_map(&cache_map, p.k_cache, p.dtype, p.d_k, p.page_size, p.h_kv, p.num_pages,
                    std::min(p.page_size, kBlockTokens / kCtas));
@@ -111,6 +111,10 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
       (p.page_size != 16 && p.page_size != 32 && p.page_size != 64 && p.page_size != 128)) {
     return cudaErrorInvalidValue;
   }
+  constexpr int64_t kMaxTokens = int64_t{1} << 30;  // of a sequence: token numbers are ints
+  if (p.num_pages < 1 || int64_t{p.max_pages_per_seq} * p.page_size > kMaxTokens) {
+    return cudaErrorInvalidValue;
+  }
   if (p.b == 0 || p.s_q == 0 || p.h_q == 0) return cudaSuccess;
 
   int device, num_sms;
@@ -125,8 +129,8 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
   args.out = p.out;
   args.lse = p.lse;
   args.partial_out = static_cast<float4*>(p.workspace);
-  args.partial_stats = reinterpret_cast<float2*>(static_cast<char*>(p.workspace) +
-                                                 partial_out_bytes(num_sms));
+  args.partial_stats =
+      reinterpret_cast<float2*>(static_cast<char*>(p.workspace) + partial_out_bytes(num_sms));
   args.counters = p.counters;
   args.b = p.b;
   args.s_q = p.s_q;
@@ -145,6 +149,7 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
   const int ctas = tiles > 1 ? 2 : 1;
   args.groups = (tiles + ctas - 1) / ctas * p.h_kv;
   args.parts = std::max(1, std::min(num_sms, int{MLA_SM90_MAX_CTAS}) / (args.groups * ctas));
-  return p.dtype == MLA_BF16 ? dispatch<__nv_bfloat16>(p, args, ctas, static_cast<cudaStream_t>(stream))
-                             : dispatch<__half>(p, args, ctas, static_cast<cudaStream_t>(stream));
+  return p.dtype == MLA_BF16
+             ? dispatch<__nv_bfloat16>(p, args, ctas, static_cast<cudaStream_t>(stream))
+             : dispatch<__half>(p, args, ctas, static_cast<cudaStream_t>(stream));
 }

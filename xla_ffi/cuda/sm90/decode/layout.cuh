@@ -14,11 +14,11 @@
 
 namespace mla {
 
-inline constexpr int kTileRows = 64;        // packed query rows of one CTA
-inline constexpr int kValueColumns = 512;   // d_v; a warpgroup accumulates half of them
+inline constexpr int kTileRows = 64;       // packed query rows of one CTA
+inline constexpr int kValueColumns = 512;  // d_v; a warpgroup accumulates half of them
 inline constexpr int kHalfColumns = 256;
-inline constexpr int kValuePieces = 8;      // pieces of 64 columns that are K and V both
-inline constexpr int kMaxPieces = 9;        // the ninth is RoPE's: K only
+inline constexpr int kValuePieces = 8;  // pieces of 64 columns that are K and V both
+inline constexpr int kMaxPieces = 9;    // the ninth is RoPE's: K only
 inline constexpr int kConsumerThreads = 256;
 inline constexpr int kThreads = 384;
 
@@ -27,18 +27,18 @@ struct DecodeArgs {
   const int32_t* seqlens;
   void* out;
   float* lse;
-  float4* partial_out;    // [slots][2 halves][32][128 threads]: fragments as the registers hold them
+  float4* partial_out;  // [slots][2 halves][32][128 threads]: fragments as the registers hold them
   float2* partial_stats;  // [slots][kTileRows]: (max in log2 units, sum)
   uint32_t* counters;     // [CTAs]
   int b, s_q, h_q, h_kv;
-  int heads_per_kv;       // G = h_q / h_kv
-  int rows;               // s_q * G
-  int query_box_rows;     // rows of a tile that are copied; the tile's others are never stored
+  int heads_per_kv;           // G = h_q / h_kv
+  int rows;                   // s_q * G
+  int query_box_rows;         // rows of a tile that are copied; the tile's others are never stored
   int page_size, page_shift;  // a power of two, and its log2
   int max_pages_per_seq;
-  int groups;             // clusters that go through the same blocks: row tile pairs * h_kv
-  int parts;              // cuts of the schedule; the grid is parts * groups clusters
-  float scale_log2;       // softmax_scale * log2(e)
+  int groups;        // clusters that go through the same blocks: row tile pairs * h_kv
+  int parts;         // cuts of the schedule; the grid is parts * groups clusters
+  float scale_log2;  // softmax_scale * log2(e)
   bool causal;
 };
 
@@ -86,14 +86,15 @@ __device__ __forceinline__ int partial_slot(int cta, bool holds_first_block) {
 // One sequence (or a piece of it) as one CTA sees it.
 struct Item {
   int seq, tokens;
-  int begin, end;    // blocks
-  bool whole;        // not split: no partial results
-  int parity;        // of the item's number within the CTA
+  int begin, end;  // blocks
+  bool whole;      // not split: no partial results
+  int parity;      // of the item's number within the CTA
 };
 
 // Calls body(item) for each item of the part, in order.
 template <typename Body>
-__device__ __forceinline__ void for_each_item(const DecodeArgs& args, const Part& part, Body&& body) {
+__device__ __forceinline__ void for_each_item(const DecodeArgs& args, const Part& part,
+                                              Body&& body) {
   const int max_tokens = args.max_pages_per_seq * args.page_size;
   int parity = 0;
   for (int seq = part.begin_seq; seq <= part.end_seq; ++seq, parity ^= 1) {
@@ -107,13 +108,15 @@ __device__ __forceinline__ void for_each_item(const DecodeArgs& args, const Part
 
 // Offsets of packed row `row` in out [b, s_q, h_q, d_v] and lse [b, h_q, s_q]. The common shapes
 // need no division.
-__device__ __forceinline__ int64_t out_offset(const DecodeArgs& args, int seq, int kv_head, int row) {
+__device__ __forceinline__ int64_t out_offset(const DecodeArgs& args, int seq, int kv_head,
+                                              int row) {
   const int64_t first = int64_t{seq} * args.s_q * args.h_q;
   if (args.h_kv == 1) return (first + row) * kValueColumns;
   const int query = row / args.heads_per_kv, head = row % args.heads_per_kv;
   return (first + query * args.h_q + kv_head * args.heads_per_kv + head) * kValueColumns;
 }
-__device__ __forceinline__ int64_t lse_offset(const DecodeArgs& args, int seq, int kv_head, int row) {
+__device__ __forceinline__ int64_t lse_offset(const DecodeArgs& args, int seq, int kv_head,
+                                              int row) {
   const int64_t first = int64_t{seq} * args.h_q + kv_head * args.heads_per_kv;
   if (args.s_q == 1) return first + row;
   const int query = row / args.heads_per_kv, head = row % args.heads_per_kv;

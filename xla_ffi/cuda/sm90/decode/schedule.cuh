@@ -26,9 +26,9 @@ inline constexpr int kBlockTokens = 64;
 struct Part {
   int begin_seq, begin_block;
   int end_seq, end_block;
-  int begin_seq_first_part;                    // the part that holds block 0 of begin_seq
-  int end_seq_first_part, end_seq_last_part;   // the parts that hold end_seq's first and last block
-  bool one_sequence;                           // no part spans two sequences
+  int begin_seq_first_part;                   // the part that holds block 0 of begin_seq
+  int end_seq_first_part, end_seq_last_part;  // the parts that hold end_seq's first and last block
+  bool one_sequence;                          // no part spans two sequences
 };
 
 // Tokens of sequence i that count. Lengths may be anything; the table bounds them.
@@ -48,7 +48,8 @@ __device__ __forceinline__ int warp_sum(int v) { return __reduce_add_sync(0xFFFF
 // Blocks that starting a sequence costs (query load, pipeline fill, epilogue).
 inline constexpr int kSequenceOverhead = 3;
 
-// Finds `part` of `num_parts`; called by one whole warp, the result is in `*result` (shared memory).
+// Finds `part` of `num_parts`; called by one whole warp, the result is in `*result` (shared
+// memory).
 __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, int part,
                                  int num_parts, Part* result) {
   const int lane = threadIdx.x % 32;
@@ -115,7 +116,8 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
     if (i < b && start < end && (end <= start + cost || i == b - 1)) {
       int seq = i;
       int end_block = min(end - start - gap, n);
-      if (end_block <= 0 && i > 0) {  // the cut falls in the gap: the part ends with its predecessor
+      if (end_block <= 0 &&
+          i > 0) {  // the cut falls in the gap: the part ends with its predecessor
         seq = i - 1;
         n = blocks_of(seq);
         start -= cost_of(n);

@@ -39,7 +39,8 @@ __device__ __forceinline__ float rescale_factor(float old, float fresh) {
 }
 
 // Hides the columns at or past limit.v[row]. `column` is the token of this lane's first score.
-__device__ __forceinline__ void mask_scores(float (&scores)[32], int column, const int (&limit)[2]) {
+__device__ __forceinline__ void mask_scores(float (&scores)[32], int column,
+                                            const int (&limit)[2]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
 #pragma unroll
