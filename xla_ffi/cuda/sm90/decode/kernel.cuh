@@ -1,0 +1,477 @@
+// Copyright 2026 The mla-jax Authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Paged MLA decode on Hopper.
+//
+// A CTA holds 64 packed query rows and walks through blocks of 64 tokens: scores = Q K^T, weights =
+// softmax, output += weights V, where V is the first 512 columns of K. Three warpgroups:
+//
+//   even (0)   scores and weights of blocks 0, 2, ..; columns   0..255 of the output, every block
+//   odd  (1)   scores and weights of blocks 1, 3, ..; columns 256..511 of the output, every block
+//   copies     three threads: the queries, and each half of the two block buffers, by TMA
+//
+// The output of 64 x 512 floats fits in registers only when halved, so each warpgroup needs the
+// other's weights; they pass through shared memory, in the block's dead RoPE piece. The running
+// maxima pass with them. While one warpgroup does a softmax, the tensor cores work for the other:
+//
+//   even:  scores 0 | softmax 0 | out 0 (left)            | out 1 (left)  | scores 2 ...
+//   odd:         scores 1       | out 0 (right), softmax 1 | out 1 (right) | scores 3 ...
+//
+// Two CTAs with different rows of the same sequence form a cluster: each copies half of every block
+// and multicasts it to both, so the cache crosses from L2 once.
+
+#pragma once
+
+#include "combine.cuh"
+#include "layout.cuh"
+#include "schedule.cuh"
+#include "softmax.cuh"
+
+namespace mla {
+
+template <typename T, int kPieces, int kCtas>
+struct Decode {
+  using Mma = wgmma::Mma<T>;
+  using Here = Place<kCtas>;
+  static constexpr int kBoxTokens = kBlockTokens / kCtas;  // of each block, copied by this CTA
+  static constexpr int kBoxShift = kCtas == 1 ? 6 : 5;     // its log2
+  static constexpr int kMaxCopies = kBoxTokens / 16;       // with the smallest pages
+
+  // ---- Copies ----
+
+  // Copies the queries of the part's items; run by one thread.
+  __device__ static void produce_queries(const DecodeArgs& args, const CUtensorMap& map,
+                                         Shared& shared, const Here& place) {
+    for_each_item(args, shared.part, [&](const Item& item) {
+      ptx::mbarrier_wait(&shared.query_empty, item.parity ^ 1);
+#pragma unroll 1
+      for (int piece = 0; piece < kPieces; ++piece) {
+        uint64_t* full = &shared.query_full[piece];
+        ptx::mbarrier_arrive_expect_tx(full, args.query_box_rows * 128);
+        ptx::tma_load(shared.query[piece], &map, full, piece * 64, place.first_row(args),
+                      place.kv_head(args), item.seq);
+      }
+    });
+  }
+
+  // Copies pieces [kBegin, kEnd) of all blocks of the part as their half of a buffer becomes free;
+  // run by one thread. Its pace bounds the kernel's: what a copy needs is known before.
+  template <int kHalf, int kBegin, int kEnd>
+  __device__ static void produce_cache(const DecodeArgs& args, const CUtensorMap& map,
+                                       Shared& shared, const Here& place) {
+    const int kv_head = place.kv_head(args);
+    const int box_shift = min(args.page_shift, kBoxShift);  // log2 of the tokens of one copy
+    const int copies = kBoxTokens >> box_shift;             // that make up this CTA's share
+    const uint64_t policy = ptx::l2_evict_first_policy();
+    uint32_t uses[2] = {0, 0};
+
+    for_each_item(args, shared.part, [&](const Item& item) {
+      const int32_t* table = args.block_table + int64_t{item.seq} * args.max_pages_per_seq;
+      const auto token_of = [&](int block, int copy) {  // the first of the copy
+        return block * kBlockTokens + place.rank * kBoxTokens + (copy << box_shift);
+      };
+      int pages[kMaxCopies];  // of the block at hand; past the end none: zeros
+      const auto find_pages = [&](int block) {
+#pragma unroll
+        for (int c = 0; c < kMaxCopies; ++c) {
+          const int token = token_of(block, c);
+          pages[c] =
+              c < copies && token < item.tokens ? __ldg(table + (token >> args.page_shift)) : -1;
+        }
+      };
+      find_pages(item.begin);
+#pragma unroll 1
+      for (int block = item.begin; block < item.end; ++block) {
+        const int buffer = (block - item.begin) & 1;
+        const uint32_t parity = (uses[buffer]++ & 1) ^ 1;
+        ptx::mbarrier_wait(&shared.cache_empty[buffer][kHalf], parity);
+#pragma unroll
+        for (int piece = kBegin; piece < kEnd; ++piece) {
+          // An odd block's weights, in this piece, are last read for the other half of the output.
+          if (piece == kWeightsPiece) ptx::mbarrier_wait(&shared.cache_empty[buffer][0], parity);
+          uint64_t* full = &shared.cache_full[buffer][piece];
+          ptx::mbarrier_arrive_expect_tx(full, wgmma::kPieceBytes);
+#pragma unroll
+          for (int c = 0; c < kMaxCopies; ++c) {
+            if (c > 0 && c >= copies) break;
+            const int row = token_of(block, c) & (args.page_size - 1);
+            uint8_t* dst =
+                shared.cache[buffer][piece] + (place.rank * kBoxTokens + (c << box_shift)) * 128;
+            if constexpr (kCtas == 1) {
+              ptx::tma_load(dst, &map, full, piece * 64, row, kv_head, pages[c], policy);
+            } else {
+              ptx::tma_load_multicast(dst, &map, full, piece * 64, row, kv_head, pages[c], policy,
+                                      (1 << kCtas) - 1);
+            }
+          }
+        }
+        if (block + 1 < item.end) find_pages(block + 1);
+      }
+    });
+  }
+
+  // ---- Scores, weights, output ----
+
+  // Rows and limits of this thread within an item.
+  struct Rows {
+    int local;     // row of the tile; the thread holds it and local + 8
+    int limit[2];  // tokens that the two rows see
+  };
+
+  __device__ __forceinline__ static Rows rows_of(const DecodeArgs& args, const Here& place,
+                                                 const Item& item) {
+    Rows rows;
+    rows.local = 16 * (threadIdx.x % 128 / 32) + threadIdx.x % 32 / 4;
+    rows.limit[0] = rows.limit[1] = item.tokens;
+    if (args.causal && args.s_q > 1) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int query = (place.first_row(args) + rows.local + 8 * e) / args.heads_per_kv;
+        rows.limit[e] = min(item.tokens - args.s_q + query + 1, item.tokens);
+      }
+    }
+    return rows;
+  }
+
+  // Gives half of a block buffer back to the producers of all CTAs of the cluster.
+  __device__ __forceinline__ static void release(uint64_t* empty) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (kCtas == 1) {
+      if (lane == 0) ptx::mbarrier_arrive(empty);
+    } else {
+      if (lane < kCtas) ptx::mbarrier_arrive_remote(empty, lane);
+    }
+  }
+
+  // Starts scores = Q K^T, piece by piece as they arrive.
+  template <int kBuffer>
+  __device__ __forceinline__ static void start_scores(Shared& shared, uint32_t parity,
+                                                      const Item& item, int block,
+                                                      float (&scores)[32]) {
+    const uint64_t a = wgmma::row_major_descriptor(shared.query[0]);
+    const uint64_t b = wgmma::row_major_descriptor(shared.cache[kBuffer][0]);
+    wgmma::pin(scores);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (block < item.begin + 2) ptx::mbarrier_wait(&shared.query_full[piece], item.parity);
+      ptx::mbarrier_wait(&shared.cache_full[kBuffer][piece], parity);
+      wgmma::fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int offset = piece * (wgmma::kPieceBytes >> 4) + k * wgmma::kRowMajorStep;
+        Mma::rows_64x64(scores, a + offset, b + offset, piece + k > 0);
+      }
+    }
+    wgmma::commit();
+  }
+
+  // Starts output += weights V over one block, with the weights of this thread's rows in registers.
+  template <int kBuffer, int kHalf>
+  __device__ __forceinline__ static void start_output(Shared& shared,
+                                                      const uint32_t (&weights)[4][4],
+                                                      float (&output)[128]) {
+    const uint64_t b = wgmma::column_major_descriptor(shared.cache[kBuffer][4 * kHalf]);
+    wgmma::pin(output);
+    wgmma::fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      Mma::columns_64x256(output, weights[k], b + k * wgmma::kColumnMajorStep);
+    }
+    wgmma::commit();
+  }
+
+  // The same with the other warpgroup's weights, from shared memory.
+  template <int kBuffer, int kHalf>
+  __device__ __forceinline__ static void start_output(Shared& shared, float (&output)[128]) {
+    const uint64_t a = wgmma::row_major_descriptor(shared.cache[kBuffer][kWeightsPiece]);
+    const uint64_t b = wgmma::column_major_descriptor(shared.cache[kBuffer][4 * kHalf]);
+    wgmma::pin(output);
+    wgmma::fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      Mma::columns_64x256(output, a + k * wgmma::kRowMajorStep, b + k * wgmma::kColumnMajorStep);
+    }
+    wgmma::commit();
+  }
+
+  // Zeroes the value rows past the sequence's end: their weights are 0, but 0 * NaN is NaN.
+  template <int kBuffer, int kHalf>
+  __device__ __forceinline__ static void clear_past_end(Shared& shared, int block, int tokens) {
+    const int valid = max(tokens - block * kBlockTokens, 0);
+    if (valid >= kBlockTokens) return;
+    for (int i = threadIdx.x % 128; i < (kBlockTokens - valid) * 32; i += 128) {
+      uint8_t* row = shared.cache[kBuffer][4 * kHalf + i / 8 % 4] + (valid + i / 32) * 128;
+      *reinterpret_cast<uint4*>(row + i % 8 * 16) = make_uint4(0, 0, 0, 0);
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(kWarpgroup + kHalf, 128);
+  }
+
+  // Softmax of the block whose scores this warpgroup has; publishes weights and maxima.
+  template <int kBuffer>
+  __device__ __forceinline__ static void weigh(const DecodeArgs& args, Shared& shared,
+                                               const Item& item, const Rows& rows, int block,
+                                               float (&scores)[32], RowPair& max, RowPair& sum,
+                                               RowPair& factor, uint32_t (&weights)[4][4]) {
+    const int past = (block + 1) * kBlockTokens - item.tokens;  // tokens past the end
+    if (past > (args.causal ? -(args.s_q - 1) : 0)) {
+      mask_scores(scores, block * kBlockTokens + 2 * (threadIdx.x % 4), rows.limit);
+    }
+    softmax_block<T>(scores, args.scale_log2, max, sum, factor, weights);
+    // The weights overwrite K's RoPE piece: all four warps must be done with the scores. The odd
+    // warpgroup has met in follow().
+    if constexpr (kBuffer == 0) ptx::named_barrier_sync(kWarpgroup, 128);
+    store_weights(shared.cache[kBuffer][kWeightsPiece], weights);
+    if (threadIdx.x % 4 == 0) {
+      shared.max[kBuffer][rows.local] = max.v[0];
+      shared.max[kBuffer][rows.local + 8] = max.v[1];
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_arrive(kBuffer == 0 ? kEvenWeightsReady : kOddWeightsReady,
+                              kConsumerThreads);
+  }
+
+  // Waits for the other warpgroup's weights and follows its maxima.
+  template <int kBuffer>
+  __device__ __forceinline__ static void follow(Shared& shared, const Rows& rows, RowPair& max,
+                                                RowPair& sum, RowPair& factor) {
+    ptx::named_barrier_sync(kBuffer == 0 ? kEvenWeightsReady : kOddWeightsReady, kConsumerThreads);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float fresh = shared.max[kBuffer][rows.local + 8 * e];
+      factor.v[e] = rescale_factor(max.v[e], fresh);
+      max.v[e] = fresh;
+      sum.v[e] *= factor.v[e];
+    }
+  }
+
+  // Finishes all products and gives the half buffer back.
+  __device__ __forceinline__ static void finish(float (&output)[128], uint64_t* empty) {
+    wgmma::wait<0>();
+    wgmma::pin(output);
+    release(empty);
+  }
+
+  // Accumulates the even warpgroup's half of the output over the blocks of an item.
+  __device__ __forceinline__ static void consume_even(const DecodeArgs& args, Shared& shared,
+                                                      const Item& item, const Rows& rows,
+                                                      uint32_t& uses, float (&output)[128],
+                                                      RowPair& max, RowPair& sum) {
+    RowPair factor;
+    uint32_t weights[4][4];
+    float scores[32];
+    int block = item.begin;
+    for (; block + 1 < item.end; block += 2) {
+      start_scores<0>(shared, uses++ & 1, item, block, scores);
+      wgmma::wait<0>();
+      wgmma::pin(scores);
+      weigh<0>(args, shared, item, rows, block, scores, max, sum, factor, weights);
+      rescale(output, factor);
+      start_output<0, 0>(shared, weights, output);
+
+      finish(output, &shared.cache_empty[0][0]);
+      follow<1>(shared, rows, max, sum, factor);
+      clear_past_end<1, 0>(shared, block + 1, item.tokens);
+      rescale(output, factor);
+      start_output<1, 0>(shared, output);
+      finish(output, &shared.cache_empty[1][0]);
+    }
+    if (block < item.end) {
+      start_scores<0>(shared, uses++ & 1, item, block, scores);
+      wgmma::wait<0>();
+      wgmma::pin(scores);
+      weigh<0>(args, shared, item, rows, block, scores, max, sum, factor, weights);
+      clear_past_end<0, 0>(shared, block, item.tokens);
+      rescale(output, factor);
+      start_output<0, 0>(shared, weights, output);
+      finish(output, &shared.cache_empty[0][0]);
+    }
+  }
+
+  // The odd warpgroup's half.
+  __device__ __forceinline__ static void consume_odd(const DecodeArgs& args, Shared& shared,
+                                                     const Item& item, const Rows& rows,
+                                                     uint32_t& uses, float (&output)[128],
+                                                     RowPair& max, RowPair& sum) {
+    RowPair factor;
+    uint32_t weights[4][4];
+    float scores[32];
+    int block = item.begin;
+    for (; block + 1 < item.end; block += 2) {
+      start_scores<1>(shared, uses++ & 1, item, block + 1, scores);
+      wgmma::wait<0>();
+      wgmma::pin(scores);
+      follow<0>(shared, rows, max, sum, factor);
+      rescale(output, factor);
+      start_output<0, 1>(shared, output);
+
+      weigh<1>(args, shared, item, rows, block + 1, scores, max, sum, factor, weights);
+      finish(output, &shared.cache_empty[0][1]);
+      clear_past_end<1, 1>(shared, block + 1, item.tokens);
+      rescale(output, factor);
+      start_output<1, 1>(shared, weights, output);
+      finish(output, &shared.cache_empty[1][1]);
+    }
+    if (block < item.end) {
+      follow<0>(shared, rows, max, sum, factor);
+      clear_past_end<0, 1>(shared, block, item.tokens);
+      rescale(output, factor);
+      start_output<0, 1>(shared, output);
+      finish(output, &shared.cache_empty[0][1]);
+    }
+  }
+
+  // Writes the normalised output of an unsplit item, 16 bytes a lane.
+  __device__ __forceinline__ static void store_output(const DecodeArgs& args, const Here& place,
+                                                      const Item& item, const Rows& rows, int half,
+                                                      const float (&output)[128],
+                                                      const RowPair& max, const RowPair& sum) {
+    const int lane = threadIdx.x % 4;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int row = place.first_row(args) + rows.local + 8 * e;
+      const bool real = row < args.rows;
+      const float inverse = sum.v[e] > 0.f ? 1.f / sum.v[e] : 0.f;
+      T* dst = static_cast<T*>(args.out) +
+               (real ? out_offset(args, item.seq, place.kv_head(args), row) : 0) +
+               half * kHalfColumns + 8 * lane;
+#pragma unroll
+      for (int i = 0; i < 32; i += 4) {
+        // The quad holds 4 groups of 8 columns, 2 columns of each per lane; transposed, each lane
+        // holds one whole group.
+        uint32_t v[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          v[k] = Mma::pack(output[4 * (i + k) + 2 * e] * inverse,
+                           output[4 * (i + k) + 2 * e + 1] * inverse);
+        }
+        exchange(v[0], v[1], 1);
+        exchange(v[2], v[3], 1);
+        exchange(v[0], v[2], 2);
+        exchange(v[1], v[3], 2);
+        if (real) *reinterpret_cast<uint4*>(dst + 8 * i) = make_uint4(v[0], v[1], v[2], v[3]);
+      }
+      if (real && half == 0 && lane == 0) {
+        args.lse[lse_offset(args, item.seq, place.kv_head(args), row)] =
+            log_sum_exp(max.v[e], sum.v[e]);
+      }
+    }
+  }
+
+  // Swaps `high` of the lane whose bit is clear with `low` of the lane whose bit is set.
+  __device__ __forceinline__ static void exchange(uint32_t& low, uint32_t& high, int bit) {
+    const bool set = threadIdx.x & bit;
+    const uint32_t received = __shfl_xor_sync(0xFFFFFFFFu, set ? low : high, bit);
+    (set ? low : high) = received;
+  }
+
+  // What a consumer warpgroup does; only the walk over the blocks differs between the two.
+  __device__ static void consume(const DecodeArgs& args, Shared& shared, const Here& place,
+                                 int half) {
+    uint32_t uses = 0;  // of this warpgroup's block buffer
+    const Part& part = shared.part;
+    Split split = {0, 0, 0};  // of the item at hand
+    for_each_item(args, part, [&](const Item& item) {
+      const Rows rows = rows_of(args, place, item);
+      RowPair max = {kNegativeInfinity, kNegativeInfinity}, sum = {0.f, 0.f};
+      float output[128];
+#pragma unroll
+      for (float& v : output) v = 0.f;
+      if (half == 0) {
+        consume_even(args, shared, item, rows, uses, output, max, sum);
+      } else {
+        consume_odd(args, shared, item, rows, uses, output, max, sum);
+      }
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.query_empty);
+
+      float (&sums)[2][kTileRows] = shared.sum[item.parity];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        sum.v[e] = quad_sum(sum.v[e]);
+        if (threadIdx.x % 4 == 0) sums[half][rows.local + 8 * e] = sum.v[e];
+      }
+      ptx::named_barrier_sync(kConsumers, kConsumerThreads);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        sum.v[e] = sums[0][rows.local + 8 * e] + sums[1][rows.local + 8 * e];
+      }
+
+      split.helpers = 0;
+      if (item.whole) {
+        split.first_part = 0;
+        store_output(args, place, item, rows, half, output, max, sum);
+        return;
+      }
+      if (args.rows <= place.first_row(args)) return;  // a tile of no rows has nobody to tell
+      const bool last = item.seq == part.end_seq;
+      split.first_part = last ? part.end_seq_first_part : part.begin_seq_first_part;
+      split.pieces = (last ? part.end_seq_last_part : place.part) - split.first_part + 1;
+      split.helpers = split.pieces - !part.one_sequence;
+      store_partial(args, partial_slot(blockIdx.x, item.begin == 0), half,
+                    args.rows - place.first_row(args), output, max, sum);
+      announce_partial(args.counters + place.peer(args, split.first_part), split);
+    });
+    // Whoever goes on to another sequence holds nobody up: only the last item is waited for.
+    if (place.part < split.first_part + split.helpers) {
+      combine<T, kCtas>(args, place, part.end_seq, split, shared.cache);
+    }
+  }
+};
+
+template <typename T, int kPieces, int kCtas>
+__global__ void __launch_bounds__(kThreads, 1)
+    decode_kernel(const __grid_constant__ DecodeArgs args,
+                  const __grid_constant__ CUtensorMap query_map,
+                  const __grid_constant__ CUtensorMap cache_map) {
+  using Kernel = Decode<T, kPieces, kCtas>;
+  extern __shared__ uint8_t raw_shared[];
+  auto& shared =
+      *reinterpret_cast<Shared*>(raw_shared + (1024 - ptx::smem_address(raw_shared) % 1024) % 1024);
+  const auto place = Place<kCtas>::here(args);
+  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
+
+  if (warp == 8) {
+    if (threadIdx.x % 32 == 0) {
+      ptx::prefetch_tensor_map(&query_map);
+      ptx::prefetch_tensor_map(&cache_map);
+    }
+    find_part(args.seqlens, args.b, args.max_pages_per_seq * args.page_size, place.part, args.parts,
+              &shared.part);
+  } else if (threadIdx.x == 0) {
+    for (int piece = 0; piece < kMaxPieces; ++piece) {
+      ptx::mbarrier_init(&shared.query_full[piece], 1);
+      ptx::mbarrier_init(&shared.cache_full[0][piece], 1);
+      ptx::mbarrier_init(&shared.cache_full[1][piece], 1);
+    }
+    ptx::mbarrier_init(&shared.query_empty, 8);
+    for (int i = 0; i < 4; ++i) ptx::mbarrier_init(&shared.cache_empty[i / 2][i % 2], 4 * kCtas);
+    ptx::mbarrier_init_fence();
+  } else if (threadIdx.x < kConsumerThreads) {
+    // The block table is wanted as soon as the part is known; a small one gets here meanwhile.
+    const int64_t entry = int64_t{threadIdx.x - 1} * 32;
+    const int64_t entries = int64_t{args.b} * args.max_pages_per_seq;
+    if (entry < entries) ptx::prefetch_l2(args.block_table + entry);
+  }
+  __syncthreads();
+  if constexpr (kCtas > 1) ptx::cluster_sync();
+
+  // 168 registers a thread at launch; the copiers' go to the others.
+  if (warpgroup == 2) {
+    ptx::registers_shrink<40>();
+    if (threadIdx.x == 256) {
+      Kernel::template produce_cache<0, 0, 4>(args, cache_map, shared, place);
+    } else if (threadIdx.x == 288) {
+      Kernel::template produce_cache<1, 4, kPieces>(args, cache_map, shared, place);
+    } else if (threadIdx.x == 320) {
+      Kernel::produce_queries(args, query_map, shared, place);
+    }
+    __syncwarp();
+  } else {
+    ptx::registers_grow<232>();
+    Kernel::consume(args, shared, place, warpgroup);
+  }
+  // Nobody leaves while the other may still write to its shared memory or arrive on its barriers.
+  if constexpr (kCtas > 1) ptx::cluster_sync();
+}
+
+}  // namespace mla

@@ -1,0 +1,155 @@
+// Copyright 2026 The mla-jax Authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Launcher of the Hopper decode kernel.
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "../../../mla.h"
+#include "kernel.cuh"
+
+namespace mla {
+namespace {
+
+constexpr size_t kSharedBytes = sizeof(Shared) + 1024;  // and room to align it
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's tensor map encoder, without linking libcuda: the library must load without a GPU.
+cudaError_t encode_tiled(EncodeTiled* encode) {
+  void* f = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000,
+                                                       cudaEnableDefault, &found);
+  if (error != cudaSuccess) return error;
+  if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  *encode = reinterpret_cast<EncodeTiled>(f);
+  return cudaSuccess;
+}
+
+// Describes [n3, n2, n1, n0] of 16-bit elements, where dimension 1 has stride `stride1` elements
+// and dimension 2 stride `n0`; a box is `box1` rows of 64 elements, swizzled.
+cudaError_t make_map(CUtensorMap* map, const void* base, MlaDtype dtype, uint64_t n0, uint64_t n1,
+                     uint64_t n2, uint64_t n3, int box1) {
+  EncodeTiled encode;
+  if (cudaError_t error = encode_tiled(&encode); error != cudaSuccess) return error;
+  // [n3, n1, n2, n0] in memory: rows (dimension 1) outside heads (dimension 2).
+  const cuuint64_t sizes[4] = {n0, n1, n2, n3};
+  const cuuint64_t strides[3] = {n2 * n0 * 2, n0 * 2, n1 * n2 * n0 * 2};
+  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(box1), 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const CUresult result = encode(
+      map, dtype == MLA_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      4, const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <typename T, int kPieces, int kCtas>
+cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, cudaStream_t stream) {
+  CUtensorMap query_map, cache_map;
+  cudaError_t error =
+      make_map(&query_map, p.q, p.dtype, p.d_k, args.rows, p.h_kv, p.b, args.query_box_rows);
+  if (error != cudaSuccess) return error;
+  error = make_map(&cache_map, p.k_cache, p.dtype, p.d_k, p.page_size, p.h_kv, p.num_pages,
+                   std::min(p.page_size, kBlockTokens / kCtas));
+  if (error != cudaSuccess) return error;
+
+  const auto kernel = decode_kernel<T, kPieces, kCtas>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return error;
+
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(args.parts * args.groups * kCtas);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (kCtas > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = kCtas;
+    attributes[config.numAttrs].val.clusterDim.y = 1;
+    attributes[config.numAttrs++].val.clusterDim.z = 1;
+  }
+  if (args.parts > 1) {  // pieces of a sequence wait for each other
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, args, query_map, cache_map);
+}
+
+template <typename T>
+cudaError_t dispatch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
+                     cudaStream_t stream) {
+  if (p.d_k == 576) {
+    return ctas == 2 ? launch<T, 9, 2>(p, args, stream) : launch<T, 9, 1>(p, args, stream);
+  }
+  return ctas == 2 ? launch<T, 8, 2>(p, args, stream) : launch<T, 8, 1>(p, args, stream);
+}
+
+size_t partial_out_bytes(int num_sms) {
+  return size_t{2} * num_sms * kTileRows * kValueColumns * sizeof(float);
+}
+
+}  // namespace
+}  // namespace mla
+
+extern "C" size_t mla_sm90_decode_workspace_bytes(int num_sms) {
+  return mla::partial_out_bytes(num_sms) + size_t{2} * num_sms * mla::kTileRows * sizeof(float2);
+}
+
+extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
+  using namespace mla;
+  const MlaDecodeParams& p = *params;
+  if ((p.d_k != 576 && p.d_k != 512) || p.d_v != kValueColumns || p.h_kv < 1 ||
+      p.h_q % p.h_kv != 0 ||
+      (p.page_size != 16 && p.page_size != 32 && p.page_size != 64 && p.page_size != 128)) {
+    return cudaErrorInvalidValue;
+  }
+  constexpr int64_t kMaxTokens = int64_t{1} << 30;  // of a sequence: token numbers are ints
+  if (p.num_pages < 1 || int64_t{p.max_pages_per_seq} * p.page_size > kMaxTokens) {
+    return cudaErrorInvalidValue;
+  }
+  if (p.b == 0 || p.s_q == 0 || p.h_q == 0) return cudaSuccess;
+
+  int device, num_sms;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+
+  DecodeArgs args;
+  args.block_table = p.block_table;
+  args.seqlens = p.cache_seqlens;
+  args.out = p.out;
+  args.lse = p.lse;
+  args.partial_out = static_cast<float4*>(p.workspace);
+  args.partial_stats =
+      reinterpret_cast<float2*>(static_cast<char*>(p.workspace) + partial_out_bytes(num_sms));
+  args.counters = p.counters;
+  args.b = p.b;
+  args.s_q = p.s_q;
+  args.h_q = p.h_q;
+  args.h_kv = p.h_kv;
+  args.heads_per_kv = p.h_q / p.h_kv;
+  args.rows = p.s_q * args.heads_per_kv;
+  args.query_box_rows = std::min((args.rows + 7) / 8 * 8, kTileRows);
+  args.page_size = p.page_size;
+  args.page_shift = __builtin_ctz(p.page_size);
+  args.max_pages_per_seq = p.max_pages_per_seq;
+  args.scale_log2 = p.softmax_scale * 1.4426950408889634f;
+  args.causal = p.causal != 0;
+
+  const int tiles = (args.rows + kTileRows - 1) / kTileRows;
+  const int ctas = tiles > 1 ? 2 : 1;
+  args.groups = (tiles + ctas - 1) / ctas * p.h_kv;
+  args.parts = std::max(1, std::min(num_sms, int{MLA_SM90_MAX_CTAS}) / (args.groups * ctas));
+  return p.dtype == MLA_BF16
+             ? dispatch<__nv_bfloat16>(p, args, ctas, static_cast<cudaStream_t>(stream))
+             : dispatch<__half>(p, args, ctas, static_cast<cudaStream_t>(stream));
+}

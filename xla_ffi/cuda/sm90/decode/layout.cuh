@@ -1,0 +1,139 @@
+// Copyright 2026 The mla-jax Authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the parts of the decode kernel agree on: arguments, shared memory, tiles, partial results.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../wgmma.cuh"
+#include "schedule.cuh"
+
+namespace mla {
+
+inline constexpr int kTileRows = 64;       // packed query rows of one CTA
+inline constexpr int kValueColumns = 512;  // d_v; a warpgroup accumulates half of them
+inline constexpr int kHalfColumns = 256;
+inline constexpr int kValuePieces = 8;  // pieces of 64 columns that are K and V both
+inline constexpr int kMaxPieces = 9;    // the ninth is RoPE's: K only
+inline constexpr int kConsumerThreads = 256;
+inline constexpr int kThreads = 384;
+
+struct DecodeArgs {
+  const int32_t* block_table;
+  const int32_t* seqlens;
+  void* out;
+  float* lse;
+  float4* partial_out;  // [slots][2 halves][32][128 threads]: fragments as the registers hold them
+  float2* partial_stats;  // [slots][kTileRows]: (max in log2 units, sum)
+  uint32_t* counters;     // [CTAs]
+  int b, s_q, h_q, h_kv;
+  int heads_per_kv;           // G = h_q / h_kv
+  int rows;                   // s_q * G
+  int query_box_rows;         // rows of a tile that are copied; the tile's others are never stored
+  int page_size, page_shift;  // a power of two, and its log2
+  int max_pages_per_seq;
+  int groups;        // clusters that go through the same blocks: row tile pairs * h_kv
+  int parts;         // cuts of the schedule; the grid is parts * groups clusters
+  float scale_log2;  // softmax_scale * log2(e)
+  bool causal;
+};
+
+// Shared memory of a CTA; all pieces are 1024-byte aligned for the swizzle.
+struct Shared {
+  uint8_t query[kMaxPieces][wgmma::kPieceBytes];
+  // Two blocks of 64 tokens. Once the scores of a block are done its RoPE piece is dead, and the
+  // block's softmax weights take its place.
+  uint8_t cache[2][kMaxPieces][wgmma::kPieceBytes];
+  uint64_t query_full[kMaxPieces];
+  uint64_t query_empty;
+  uint64_t cache_full[2][kMaxPieces];
+  uint64_t cache_empty[2][2];  // [buffer][half of the value columns]
+  float max[2][kTileRows];     // the running maxima after the last block of [buffer]
+  float sum[2][2][kTileRows];  // [item parity][warpgroup]
+  Part part;
+};
+inline constexpr int kWeightsPiece = 8;
+
+// Where a CTA stands in the grid: blockIdx.x = (part * groups + group) * kCtas + rank.
+template <int kCtas>
+struct Place {
+  int part, group, rank;
+
+  __device__ __forceinline__ static Place here(const DecodeArgs& args) {
+    const int cluster = blockIdx.x / kCtas;
+    return {cluster / args.groups, cluster % args.groups, static_cast<int>(blockIdx.x % kCtas)};
+  }
+  // The CTA that does for `other_part` what this one does for its own.
+  __device__ __forceinline__ int peer(const DecodeArgs& args, int other_part) const {
+    return (other_part * args.groups + group) * kCtas + rank;
+  }
+  __device__ __forceinline__ int kv_head(const DecodeArgs& args) const { return group % args.h_kv; }
+  __device__ __forceinline__ int first_row(const DecodeArgs& args) const {
+    return (group / args.h_kv * kCtas + rank) * kTileRows;
+  }
+};
+
+// A part holds at most two pieces of split sequences: the end of one begun before it (slot 0) and
+// the beginning of one that goes on after it (slot 1).
+__device__ __forceinline__ int partial_slot(int cta, bool holds_first_block) {
+  return 2 * cta + holds_first_block;
+}
+
+// One sequence (or a piece of it) as one CTA sees it.
+struct Item {
+  int seq, tokens;
+  int begin, end;  // blocks
+  bool whole;      // not split: no partial results
+  int parity;      // of the item's number within the CTA
+};
+
+// Calls body(item) for each item of the part, in order.
+template <typename Body>
+__device__ __forceinline__ void for_each_item(const DecodeArgs& args, const Part& part,
+                                              Body&& body) {
+  const int max_tokens = args.max_pages_per_seq * args.page_size;
+  int parity = 0;
+  for (int seq = part.begin_seq; seq <= part.end_seq; ++seq, parity ^= 1) {
+    const int tokens = sequence_tokens(args.seqlens, seq, max_tokens);
+    const int blocks = sequence_blocks(tokens);
+    const int begin = seq == part.begin_seq ? part.begin_block : 0;
+    const int end = seq == part.end_seq ? part.end_block : blocks;
+    body(Item{seq, tokens, begin, end, begin == 0 && end == blocks, parity});
+  }
+}
+
+// Offsets of packed row `row` in out [b, s_q, h_q, d_v] and lse [b, h_q, s_q]. The common shapes
+// need no division.
+__device__ __forceinline__ int64_t out_offset(const DecodeArgs& args, int seq, int kv_head,
+                                              int row) {
+  const int64_t first = int64_t{seq} * args.s_q * args.h_q;
+  if (args.h_kv == 1) return (first + row) * kValueColumns;
+  const int query = row / args.heads_per_kv, head = row % args.heads_per_kv;
+  return (first + query * args.h_q + kv_head * args.heads_per_kv + head) * kValueColumns;
+}
+__device__ __forceinline__ int64_t lse_offset(const DecodeArgs& args, int seq, int kv_head,
+                                              int row) {
+  const int64_t first = int64_t{seq} * args.h_q + kv_head * args.heads_per_kv;
+  if (args.s_q == 1) return first + row;
+  const int query = row / args.heads_per_kv, head = row % args.heads_per_kv;
+  return (first + head) * args.s_q + query;
+}
+
+// log(sum of exp) from the maximum in log2 units and the sum relative to it.
+__device__ __forceinline__ float log_sum_exp(float max, float sum) {
+  return sum > 0.f ? (max + __log2f(sum)) * 0.6931471805599453f : __builtin_huge_valf();
+}
+
+// Barriers of bar.sync; 0 is __syncthreads.
+enum NamedBarrier : int {
+  kEvenWeightsReady = 1,  // buffer 0's weights and maxima are in shared memory
+  kOddWeightsReady = 2,
+  kConsumers = 3,
+  kWarpgroup = 4,  // and 5: one warpgroup
+};
+
+}  // namespace mla
