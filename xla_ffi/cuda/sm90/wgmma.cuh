@@ -63,63 +63,78 @@ __device__ __forceinline__ void pin(float (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// wgmma names its accumulators one by one: 32 of a 64 x 64 product, 64 of a 64 x 128 one.
-#define MLA_REGISTERS_32                                                                       \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define MLA_REGISTERS_64                                                                           \
-  MLA_REGISTERS_32                                                                                 \
-      ", "                                                                                         \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
-      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// wgmma names its accumulators one by one: 32 of a 64 x 64 product, 128 of a 64 x 256 one.
+#define MLA_REGISTERS_32                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, " \
+  "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, " \
+  "%26, %27, %28, %29, %30, %31"
+#define MLA_REGISTERS_128                                                  \
+  MLA_REGISTERS_32                                                         \
+  ", "                                                                     \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
+  "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, " \
+  "%60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, " \
+  "%74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, " \
+  "%88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, "     \
+  "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "     \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, "     \
+  "%123, %124, %125, %126, %127"
 #define MLA_ACCUMULATORS_8(i)                                                                 \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define MLA_ACCUMULATORS_32(i)                                                  \
   MLA_ACCUMULATORS_8(i), MLA_ACCUMULATORS_8(i + 8), MLA_ACCUMULATORS_8(i + 16), \
       MLA_ACCUMULATORS_8(i + 24)
+#define MLA_ACCUMULATORS_128 \
+  MLA_ACCUMULATORS_32(0), MLA_ACCUMULATORS_32(32), MLA_ACCUMULATORS_32(64), MLA_ACCUMULATORS_32(96)
 
 // The products of one element type:
 //   rows_64x64      d[64 x 64] (+)= A[64 x 16] B[64 x 16]^T, both row-major in shared memory
-//   columns_64x128  columns kFirst .. kFirst + 127 of d[64 x 256] += A[64 x 16] B[16 x 128], A
-//                   row-major and B column-major in shared memory. (One product of 256 columns
-//                   does not fit: ptxas wants 154 registers of the 128 at launch for it.)
+//   columns_64x256  d[64 x 256] += A[64 x 16] B[16 x 256], A row-major in shared memory or in
+//                   registers, B column-major in shared memory
 template <typename T>
 struct Mma;
 
-#define MLA_DEFINE_MMA(T, T2, to_pair, type)                                                  \
-  template <>                                                                                 \
-  struct Mma<T> {                                                                             \
-    __device__ __forceinline__ static uint32_t pack(float low, float high) {                  \
-      T2 v = to_pair(low, high);                                                              \
-      return reinterpret_cast<uint32_t&>(v);                                                  \
-    }                                                                                         \
-    __device__ __forceinline__ static void rows_64x64(float (&d)[32], uint64_t a, uint64_t b, \
-                                                      bool accumulate) {                      \
-      asm volatile(                                                                           \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                        \
-          "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" MLA_REGISTERS_32   \
-          "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                                  \
-          : MLA_ACCUMULATORS_32(0)                                                            \
-          : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                               \
-    }                                                                                         \
-    template <int kFirst>                                                                     \
-    __device__ __forceinline__ static void columns_64x128(float (&d)[128], uint64_t a,        \
-                                                          uint64_t b) {                       \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type               \
-                   " {" MLA_REGISTERS_64 "}, %64, %65, 1, 1, 1, 0, 1;\n"                      \
-                   : MLA_ACCUMULATORS_32(kFirst / 2), MLA_ACCUMULATORS_32(kFirst / 2 + 32)    \
-                   : "l"(a), "l"(b));                                                         \
-    }                                                                                         \
+#define MLA_DEFINE_MMA(T, T2, to_pair, type)                                                       \
+  template <>                                                                                      \
+  struct Mma<T> {                                                                                  \
+    __device__ __forceinline__ static uint32_t pack(float low, float high) {                       \
+      T2 v = to_pair(low, high);                                                                   \
+      return reinterpret_cast<uint32_t&>(v);                                                       \
+    }                                                                                              \
+    __device__ __forceinline__ static void rows_64x64(float (&d)[32], uint64_t a, uint64_t b,      \
+                                                      bool accumulate) {                           \
+      asm volatile(                                                                                \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                             \
+          "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" MLA_REGISTERS_32        \
+          "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                                       \
+          : MLA_ACCUMULATORS_32(0)                                                                 \
+          : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                    \
+    }                                                                                              \
+    __device__ __forceinline__ static void columns_64x256(float (&d)[128], uint64_t a,             \
+                                                          uint64_t b) {                            \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                    \
+                   " {" MLA_REGISTERS_128 "}, %128, %129, 1, 1, 1, 0, 1;\n"                        \
+                   : MLA_ACCUMULATORS_128                                                          \
+                   : "l"(a), "l"(b));                                                              \
+    }                                                                                              \
+    __device__ __forceinline__ static void columns_64x256(float (&d)[128], const uint32_t (&a)[4], \
+                                                          uint64_t b) {                            \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                    \
+                   " {" MLA_REGISTERS_128 "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;\n"       \
+                   : MLA_ACCUMULATORS_128                                                          \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                          \
+    }                                                                                              \
   }
 
 MLA_DEFINE_MMA(__nv_bfloat16, __nv_bfloat162, __floats2bfloat162_rn, "bf16");
 MLA_DEFINE_MMA(__half, __half2, __floats2half2_rn, "f16");
 
 #undef MLA_REGISTERS_32
-#undef MLA_REGISTERS_64
+#undef MLA_REGISTERS_128
 #undef MLA_ACCUMULATORS_8
 #undef MLA_ACCUMULATORS_32
+#undef MLA_ACCUMULATORS_128
 #undef MLA_DEFINE_MMA
 
 }  // namespace mla::wgmma

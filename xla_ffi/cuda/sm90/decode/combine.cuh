@@ -46,9 +46,9 @@ __device__ __forceinline__ void count(uint32_t* counter, const Split& split) {
   ptx::increment_wrap(counter, split.pieces + split.helpers - 1);
 }
 
-// Tells the others that this CTA's piece is written; called by the output warpgroups.
+// Tells the others that this CTA's piece is written; called by all consumers.
 __device__ __forceinline__ void announce_partial(uint32_t* counter, const Split& split) {
-  ptx::named_barrier_sync(kOutputs, kOutputThreads);
+  ptx::named_barrier_sync(kConsumers, kConsumerThreads);
   if (threadIdx.x == 0) {
     ptx::fence_gpu();
     count(counter, split);
@@ -77,29 +77,25 @@ struct Combination {
   }
 };
 
-// Turns the pieces' statistics into factors for their sums. As many threads take a row as there
-// are to spare: with few rows there can be many pieces.
+// Turns the pieces' statistics into factors for their sums; a quad of threads takes a row.
 template <int kCtas>
 __device__ __forceinline__ void find_factors(const Combination<kCtas>& c, bool write_lse) {
-  const int members = c.row_groups == 1 ? 16 : c.row_groups == 2 ? 8 : 4;
-  const int row = threadIdx.x / members, member = threadIdx.x % members;
+  const int row = threadIdx.x / 4, member = threadIdx.x % 4;
   if (row < 16 * c.row_groups) {  // whole warps
     float max = kNegativeInfinity, sum = 0.f;
 #pragma unroll 4
-    for (int s = member; s < c.split.pieces; s += members) {
+    for (int s = member; s < c.split.pieces; s += 4) {
       const float2 v = __ldcg(c.args.partial_stats + c.slot_of(s) * kTileRows + row);
       c.scratch.stats[s][row] = v;
       max = fmaxf(max, v.x);
     }
-    for (int d = members / 2; d > 0; d /= 2) {
-      max = fmaxf(max, __shfl_xor_sync(0xFFFFFFFFu, max, d));
-    }
-    for (int s = member; s < c.split.pieces; s += members) {
+    max = quad_max(max);
+    for (int s = member; s < c.split.pieces; s += 4) {
       float2& v = c.scratch.stats[s][row];
       v.x = rescale_factor(v.x, max);
       sum += v.x * v.y;
     }
-    for (int d = members / 2; d > 0; d /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, d);
+    sum = quad_sum(sum);
     if (member == 0) {
       c.scratch.inverse[row] = sum > 0.f ? 1.f / sum : 0.f;
       if (write_lse && row < c.rows) {
@@ -107,7 +103,7 @@ __device__ __forceinline__ void find_factors(const Combination<kCtas>& c, bool w
       }
     }
   }
-  ptx::named_barrier_sync(kOutputs, kOutputThreads);
+  ptx::named_barrier_sync(kConsumers, kConsumerThreads);
 }
 
 // A unit is one fragment index of one warp of the partial outputs: 32 float4. A warp sums kUnits
@@ -161,7 +157,7 @@ __device__ __forceinline__ void combine_units(const Combination<kCtas>& c, int s
     }
     if (together) {
       c.scratch.sums[warp][lane] = sum[0];
-      ptx::named_barrier_sync(kOutputs, kOutputThreads);
+      ptx::named_barrier_sync(kConsumers, kConsumerThreads);
       if (member == 0) {
 #pragma unroll
         for (int i = 1; i < 8; ++i) {
@@ -169,7 +165,7 @@ __device__ __forceinline__ void combine_units(const Combination<kCtas>& c, int s
           sum[0].x += v.x, sum[0].y += v.y, sum[0].z += v.z, sum[0].w += v.w;
         }
       }
-      ptx::named_barrier_sync(kOutputs, kOutputThreads);
+      ptx::named_barrier_sync(kConsumers, kConsumerThreads);
       if (member != 0) continue;
     }
 #pragma unroll
@@ -189,7 +185,7 @@ __device__ __forceinline__ void combine_units(const Combination<kCtas>& c, int s
   }
 }
 
-// Waits for all pieces and combines this part's share; called by the output warpgroups.
+// Waits for all pieces and combines this part's share; called by all consumers.
 template <typename T, int kCtas>
 __device__ __forceinline__ void combine(const DecodeArgs& args, const Place<kCtas>& place, int seq,
                                         const Split& split, void* scratch) {
@@ -210,11 +206,13 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place<kCta
     }
     count(counter, split);
   }
-  ptx::named_barrier_sync(kOutputs, kOutputThreads);
+  ptx::named_barrier_sync(kConsumers, kConsumerThreads);
 
   const int share = place.part - split.first_part;
   find_factors(c, share == 0);
-  if (split.pieces <= 4) {
+  if (split.pieces <= 2) {
+    combine_units<T, 8, 2>(c, share);
+  } else if (split.pieces <= 4) {
     combine_units<T, 4, 4>(c, share);
   } else if (split.pieces <= 8) {
     combine_units<T, 2, 8>(c, share);

@@ -4,17 +4,18 @@
 // Paged MLA decode on Hopper.
 //
 // A CTA holds 64 packed query rows and walks through blocks of 64 tokens: scores = Q K^T, weights =
-// softmax, output += weights V, where V is the first 512 columns of K. Four warpgroups:
+// softmax, output += weights V, where V is the first 512 columns of K. Three warpgroups:
 //
-//   outputs 0, 1   columns 0..255 and 256..511 of the output, of every block: 64 x 512 floats fit
-//                  in registers only when halved
-//   weights 0, 1   blocks 0, 2, .. and 1, 3, ..: each owns one block buffer, has it filled by TMA,
-//                  makes scores and weights and leaves the weights in the block's dead RoPE piece
+//   even (0)   scores and weights of blocks 0, 2, ..; columns   0..255 of the output, every block
+//   odd  (1)   scores and weights of blocks 1, 3, ..; columns 256..511 of the output, every block
+//   copies     three threads: the queries, and each half of the two block buffers, by TMA
 //
-// So scores of one block, softmax of the other and products of both overlap without anyone's
-// program order in the way. A buffer's life: its owner copies a block in, piece by piece; scores
-// start with the first piece; the weights are handed to both outputs; each gives its half of the
-// buffer back.
+// The output of 64 x 512 floats fits in registers only when halved, so each warpgroup needs the
+// other's weights; they pass through shared memory, in the block's dead RoPE piece. The running
+// maxima pass with them. While one warpgroup does a softmax, the tensor cores work for the other:
+//
+//   even:  scores 0 | softmax 0 | out 0 (left)            | out 1 (left)  | scores 2 ...
+//   odd:         scores 1       | out 0 (right), softmax 1 | out 1 (right) | scores 3 ...
 //
 // Two CTAs with different rows of the same sequence form a cluster: each copies half of every block
 // and multicasts it to both, so the cache crosses from L2 once.
@@ -35,6 +36,81 @@ struct Decode {
   static constexpr int kBoxTokens = kBlockTokens / kCtas;  // of each block, copied by this CTA
   static constexpr int kBoxShift = kCtas == 1 ? 6 : 5;     // its log2
   static constexpr int kMaxCopies = kBoxTokens / 16;       // with the smallest pages
+
+  // ---- Copies ----
+
+  // Copies the queries of the part's items; run by one thread.
+  __device__ static void produce_queries(const DecodeArgs& args, const CUtensorMap& map,
+                                         Shared& shared, const Here& place) {
+    for_each_item(args, shared.part, [&](const Item& item) {
+      ptx::mbarrier_wait(&shared.query_empty, item.parity ^ 1);
+#pragma unroll 1
+      for (int piece = 0; piece < kPieces; ++piece) {
+        uint64_t* full = &shared.query_full[piece];
+        ptx::mbarrier_arrive_expect_tx(full, args.query_box_rows * 128);
+        ptx::tma_load(shared.query[piece], &map, full, piece * 64, place.first_row(args),
+                      place.kv_head(args), item.seq);
+      }
+    });
+  }
+
+  // Copies pieces [kBegin, kEnd) of all blocks of the part as their half of a buffer becomes free;
+  // run by one thread. Its pace bounds the kernel's: what a copy needs is known before.
+  template <int kHalf, int kBegin, int kEnd>
+  __device__ static void produce_cache(const DecodeArgs& args, const CUtensorMap& map,
+                                       Shared& shared, const Here& place) {
+    const int kv_head = place.kv_head(args);
+    const int box_shift = min(args.page_shift, kBoxShift);  // log2 of the tokens of one copy
+    const int copies = kBoxTokens >> box_shift;             // that make up this CTA's share
+    const uint64_t policy = ptx::l2_evict_first_policy();
+    uint32_t uses[2] = {0, 0};
+
+    for_each_item(args, shared.part, [&](const Item& item) {
+      const int32_t* table = args.block_table + int64_t{item.seq} * args.max_pages_per_seq;
+      const auto token_of = [&](int block, int copy) {  // the first of the copy
+        return block * kBlockTokens + place.rank * kBoxTokens + (copy << box_shift);
+      };
+      int pages[kMaxCopies];  // of the block at hand; past the end none: zeros
+      const auto find_pages = [&](int block) {
+#pragma unroll
+        for (int c = 0; c < kMaxCopies; ++c) {
+          const int token = token_of(block, c);
+          pages[c] =
+              c < copies && token < item.tokens ? __ldg(table + (token >> args.page_shift)) : -1;
+        }
+      };
+      find_pages(item.begin);
+#pragma unroll 1
+      for (int block = item.begin; block < item.end; ++block) {
+        const int buffer = (block - item.begin) & 1;
+        const uint32_t parity = (uses[buffer]++ & 1) ^ 1;
+        ptx::mbarrier_wait(&shared.cache_empty[buffer][kHalf], parity);
+#pragma unroll
+        for (int piece = kBegin; piece < kEnd; ++piece) {
+          // An odd block's weights, in this piece, are last read for the other half of the output.
+          if (piece == kWeightsPiece) ptx::mbarrier_wait(&shared.cache_empty[buffer][0], parity);
+          uint64_t* full = &shared.cache_full[buffer][piece];
+          ptx::mbarrier_arrive_expect_tx(full, wgmma::kPieceBytes);
+#pragma unroll
+          for (int c = 0; c < kMaxCopies; ++c) {
+            if (c > 0 && c >= copies) break;
+            const int row = token_of(block, c) & (args.page_size - 1);
+            uint8_t* dst =
+                shared.cache[buffer][piece] + (place.rank * kBoxTokens + (c << box_shift)) * 128;
+            if constexpr (kCtas == 1) {
+              ptx::tma_load(dst, &map, full, piece * 64, row, kv_head, pages[c], policy);
+            } else {
+              ptx::tma_load_multicast(dst, &map, full, piece * 64, row, kv_head, pages[c], policy,
+                                      (1 << kCtas) - 1);
+            }
+          }
+        }
+        if (block + 1 < item.end) find_pages(block + 1);
+      }
+    });
+  }
+
+  // ---- Scores, weights, output ----
 
   // Rows and limits of this thread within an item.
   struct Rows {
@@ -57,187 +133,7 @@ struct Decode {
     return rows;
   }
 
-  // ---- Weights ----
-
-  // Copies the queries of an item; run by one thread.
-  __device__ __forceinline__ static void copy_queries(const DecodeArgs& args,
-                                                      const CUtensorMap& map, Shared& shared,
-                                                      const Here& place, const Item& item) {
-    ptx::mbarrier_wait(&shared.query_empty, item.parity ^ 1);
-#pragma unroll 1
-    for (int piece = 0; piece < kPieces; ++piece) {
-      uint64_t* full = &shared.query_full[piece];
-      ptx::mbarrier_arrive_expect_tx(full, args.query_box_rows * 128);
-      ptx::tma_load(shared.query[piece], &map, full, piece * 64, place.first_row(args),
-                    place.kv_head(args), item.seq);
-    }
-  }
-
-  // Copies blocks' halves into a buffer by one thread: pieces 0..3, or 4 and up. What a copy needs
-  // is known before the buffer is free.
-  template <int kBuffer>
-  struct Copier {
-    const DecodeArgs& args;
-    const CUtensorMap& map;
-    const Here& place;
-    int half;
-    uint64_t policy;
-    int box_shift, copies;  // log2 of the tokens of one copy; copies in this CTA's share
-    int pages[kMaxCopies];  // of the next block; past the end none: zeros
-
-    __device__ __forceinline__ Copier(const DecodeArgs& args, const CUtensorMap& map,
-                                      const Here& place, int half)
-        : args(args),
-          map(map),
-          place(place),
-          half(half),
-          policy(ptx::l2_evict_first_policy()),
-          box_shift(min(args.page_shift, kBoxShift)),
-          copies(kBoxTokens >> box_shift) {}
-
-    __device__ __forceinline__ int token_of(int block, int copy) const {  // its first
-      return block * kBlockTokens + place.rank * kBoxTokens + (copy << box_shift);
-    }
-
-    __device__ __forceinline__ void find_pages(const Item& item, int block) {
-      const int32_t* table = args.block_table + int64_t{item.seq} * args.max_pages_per_seq;
-#pragma unroll
-      for (int c = 0; c < kMaxCopies; ++c) {
-        const int token = token_of(block, c);
-        pages[c] =
-            c < copies && token < item.tokens ? __ldg(table + (token >> args.page_shift)) : -1;
-      }
-    }
-
-    __device__ __forceinline__ void copy(Shared& shared, int block, uint32_t parity) const {
-      ptx::mbarrier_wait(&shared.cache_empty[kBuffer][half], parity);
-#pragma unroll
-      for (int i = 0; i < kPieces - 4; ++i) {
-        if (half == 0 && i == 4) break;
-        const int piece = 4 * half + i;
-        // The weights, in this piece, are read for both halves of the output.
-        if (piece == kWeightsPiece) ptx::mbarrier_wait(&shared.cache_empty[kBuffer][0], parity);
-        uint64_t* full = &shared.cache_full[kBuffer][piece];
-        ptx::mbarrier_arrive_expect_tx(full, wgmma::kPieceBytes);
-#pragma unroll
-        for (int c = 0; c < kMaxCopies; ++c) {
-          if (c > 0 && c >= copies) break;
-          const int row = token_of(block, c) & (args.page_size - 1);
-          uint8_t* dst =
-              shared.cache[kBuffer][piece] + (place.rank * kBoxTokens + (c << box_shift)) * 128;
-          if constexpr (kCtas == 1) {
-            ptx::tma_load(dst, &map, full, piece * 64, row, place.kv_head(args), pages[c], policy);
-          } else {
-            ptx::tma_load_multicast(dst, &map, full, piece * 64, row, place.kv_head(args), pages[c],
-                                    policy, (1 << kCtas) - 1);
-          }
-        }
-      }
-    }
-  };
-
-  // scores = Q K^T, piece by piece as they arrive.
-  template <int kBuffer>  // a constant: the descriptors then live in uniform registers
-  __device__ __forceinline__ static void make_scores(Shared& shared, uint32_t parity,
-                                                     bool first_of_item, int item_parity,
-                                                     float (&scores)[32]) {
-    const uint64_t a = wgmma::row_major_descriptor(shared.query[0]);
-    const uint64_t b = wgmma::row_major_descriptor(shared.cache[kBuffer][0]);
-    wgmma::pin(scores);
-#pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      if (first_of_item) ptx::mbarrier_wait(&shared.query_full[piece], item_parity);
-      ptx::mbarrier_wait(&shared.cache_full[kBuffer][piece], parity);
-      wgmma::fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int offset = piece * (wgmma::kPieceBytes >> 4) + k * wgmma::kRowMajorStep;
-        Mma::rows_64x64(scores, a + offset, b + offset, piece + k > 0);
-      }
-    }
-    wgmma::commit();
-    wgmma::wait<0>();
-    wgmma::pin(scores);
-  }
-
-  // Makes the weights of the blocks that go through a buffer: every second one of each item.
-  template <int kBuffer>
-  __device__ static void make_weights(const DecodeArgs& args, const CUtensorMap& query_map,
-                                      const CUtensorMap& cache_map, Shared& shared,
-                                      const Here& place) {
-    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    Copier<kBuffer> copier(args, cache_map, place, warp);
-    const bool copies = warp < 2 && lane == 0;
-    uint32_t parity = 0;  // of the kBuffer's use
-
-    for_each_item(args, shared.part, [&](const Item& item) {
-      const Rows rows = rows_of(args, place, item);
-      const int first = item.begin + kBuffer;
-      RowPair max = {kNegativeInfinity, kNegativeInfinity}, sum = {0.f, 0.f};
-      if (copies && first < item.end) copier.find_pages(item, first);
-      if (kBuffer == 0 && warp == 2 && lane == 0) {
-        copy_queries(args, query_map, shared, place, item);
-      }
-
-      for (int block = first; block < item.end; block += 2, parity ^= 1) {
-        if (copies) {
-          copier.copy(shared, block, parity ^ 1);
-          if (block + 2 < item.end) copier.find_pages(item, block + 2);
-        }
-        __syncwarp();
-        float scores[32];
-        make_scores<kBuffer>(shared, parity, block == first, item.parity, scores);
-
-        const int past = (block + 1) * kBlockTokens - item.tokens;  // tokens past the end
-        if (past > (args.causal ? -(args.s_q - 1) : 0)) {
-          mask_scores(scores, block * kBlockTokens + 2 * (lane % 4), rows.limit);
-        }
-        const RowPair top = row_maxima(scores, args.scale_log2);
-        // Also: all four warps are done with the scores, so weights may overwrite the RoPE piece.
-        if (block > item.begin) {
-          ptx::named_barrier_sync(kMaxReady + 1 - kBuffer, 256);
-        } else {
-          ptx::named_barrier_sync(kFirstBlock, 128);
-        }
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int row = rows.local + 8 * e;
-          const float before =
-              block > item.begin ? shared.max[1 - kBuffer][row] : kNegativeInfinity;
-          const float fresh = next_max(before, top.v[e]);
-          sum.v[e] *= rescale_factor(max.v[e], fresh);
-          max.v[e] = fresh;
-          if (lane % 4 == 0) shared.max[kBuffer][row] = fresh;
-        }
-        if (block + 1 < item.end) ptx::named_barrier_arrive(kMaxReady + kBuffer, 256);
-
-        uint32_t weights[4][4];
-        weights_of<T>(scores, args.scale_log2, max, sum, weights);
-        store_weights(shared.cache[kBuffer][kWeightsPiece], weights);
-        ptx::fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(&shared.weights_full[kBuffer]);
-      }
-
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        sum.v[e] = quad_sum(sum.v[e]);
-        if (lane % 4 == 0) {
-          shared.totals[item.parity][kBuffer][rows.local + 8 * e] = make_float2(max.v[e], sum.v[e]);
-        }
-      }
-      __syncwarp();
-      if (lane == 0) {
-        ptx::mbarrier_arrive(&shared.totals_full[item.parity]);
-        ptx::mbarrier_arrive(&shared.query_empty);
-      }
-      ptx::named_barrier_sync(kWeights, 256);  // neither gets an item ahead of the other
-    });
-  }
-
-  // ---- Outputs ----
-
-  // Gives half of a block buffer back to its owners in all CTAs of the cluster.
+  // Gives half of a block buffer back to the producers of all CTAs of the cluster.
   __device__ __forceinline__ static void release(uint64_t* empty) {
     const int lane = threadIdx.x % 32;
     if constexpr (kCtas == 1) {
@@ -247,36 +143,182 @@ struct Decode {
     }
   }
 
-  // Zeroes the value rows past the sequence's end: their weights are 0, but 0 * NaN is NaN.
-  __device__ __forceinline__ static void clear_past_end(Shared& shared, int buffer, int half,
-                                                        int block, int tokens) {
-    const int valid = max(tokens - block * kBlockTokens, 0);
-    if (valid >= kBlockTokens) return;
-    for (int i = threadIdx.x % 128; i < (kBlockTokens - valid) * 32; i += 128) {
-      uint8_t* row = shared.cache[buffer][4 * half + i / 8 % 4] + (valid + i / 32) * 128;
-      *reinterpret_cast<uint4*>(row + i % 8 * 16) = make_uint4(0, 0, 0, 0);
+  // Starts scores = Q K^T, piece by piece as they arrive.
+  template <int kBuffer>
+  __device__ __forceinline__ static void start_scores(Shared& shared, uint32_t parity,
+                                                      const Item& item, int block,
+                                                      float (&scores)[32]) {
+    const uint64_t a = wgmma::row_major_descriptor(shared.query[0]);
+    const uint64_t b = wgmma::row_major_descriptor(shared.cache[kBuffer][0]);
+    wgmma::pin(scores);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (block < item.begin + 2) ptx::mbarrier_wait(&shared.query_full[piece], item.parity);
+      ptx::mbarrier_wait(&shared.cache_full[kBuffer][piece], parity);
+      wgmma::fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int offset = piece * (wgmma::kPieceBytes >> 4) + k * wgmma::kRowMajorStep;
+        Mma::rows_64x64(scores, a + offset, b + offset, piece + k > 0);
+      }
     }
-    ptx::fence_proxy_async();
-    ptx::named_barrier_sync(kWarpgroup + half, 128);
+    wgmma::commit();
   }
 
-  // output += weights V over the block in `buffer`.
-  __device__ __forceinline__ static void add_block(Shared& shared, int buffer, int half,
-                                                   float (&output)[128]) {
-    const uint64_t a = wgmma::row_major_descriptor(shared.cache[buffer][kWeightsPiece]);
-    const uint64_t b = wgmma::column_major_descriptor(shared.cache[buffer][4 * half]);
+  // Starts output += weights V over one block, with the weights of this thread's rows in registers.
+  template <int kBuffer, int kHalf>
+  __device__ __forceinline__ static void start_output(Shared& shared,
+                                                      const uint32_t (&weights)[4][4],
+                                                      float (&output)[128]) {
+    const uint64_t b = wgmma::column_major_descriptor(shared.cache[kBuffer][4 * kHalf]);
     wgmma::pin(output);
     wgmma::fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const uint64_t weights = a + k * wgmma::kRowMajorStep;
-      const uint64_t values = b + k * wgmma::kColumnMajorStep;
-      Mma::template columns_64x128<0>(output, weights, values);
-      Mma::template columns_64x128<128>(output, weights, values + (2 * wgmma::kPieceBytes >> 4));
+      Mma::columns_64x256(output, weights[k], b + k * wgmma::kColumnMajorStep);
     }
     wgmma::commit();
+  }
+
+  // The same with the other warpgroup's weights, from shared memory.
+  template <int kBuffer, int kHalf>
+  __device__ __forceinline__ static void start_output(Shared& shared, float (&output)[128]) {
+    const uint64_t a = wgmma::row_major_descriptor(shared.cache[kBuffer][kWeightsPiece]);
+    const uint64_t b = wgmma::column_major_descriptor(shared.cache[kBuffer][4 * kHalf]);
+    wgmma::pin(output);
+    wgmma::fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      Mma::columns_64x256(output, a + k * wgmma::kRowMajorStep, b + k * wgmma::kColumnMajorStep);
+    }
+    wgmma::commit();
+  }
+
+  // Zeroes the value rows past the sequence's end: their weights are 0, but 0 * NaN is NaN.
+  template <int kBuffer, int kHalf>
+  __device__ __forceinline__ static void clear_past_end(Shared& shared, int block, int tokens) {
+    const int valid = max(tokens - block * kBlockTokens, 0);
+    if (valid >= kBlockTokens) return;
+    for (int i = threadIdx.x % 128; i < (kBlockTokens - valid) * 32; i += 128) {
+      uint8_t* row = shared.cache[kBuffer][4 * kHalf + i / 8 % 4] + (valid + i / 32) * 128;
+      *reinterpret_cast<uint4*>(row + i % 8 * 16) = make_uint4(0, 0, 0, 0);
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(kWarpgroup + kHalf, 128);
+  }
+
+  // Softmax of the block whose scores this warpgroup has; publishes weights and maxima.
+  template <int kBuffer>
+  __device__ __forceinline__ static void weigh(const DecodeArgs& args, Shared& shared,
+                                               const Item& item, const Rows& rows, int block,
+                                               float (&scores)[32], RowPair& max, RowPair& sum,
+                                               RowPair& factor, uint32_t (&weights)[4][4]) {
+    const int past = (block + 1) * kBlockTokens - item.tokens;  // tokens past the end
+    if (past > (args.causal ? -(args.s_q - 1) : 0)) {
+      mask_scores(scores, block * kBlockTokens + 2 * (threadIdx.x % 4), rows.limit);
+    }
+    softmax_block<T>(scores, args.scale_log2, max, sum, factor, weights);
+    // The weights overwrite K's RoPE piece: all four warps must be done with the scores. The odd
+    // warpgroup has met in follow().
+    if constexpr (kBuffer == 0) ptx::named_barrier_sync(kWarpgroup, 128);
+    store_weights(shared.cache[kBuffer][kWeightsPiece], weights);
+    if (threadIdx.x % 4 == 0) {
+      shared.max[kBuffer][rows.local] = max.v[0];
+      shared.max[kBuffer][rows.local + 8] = max.v[1];
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_arrive(kBuffer == 0 ? kEvenWeightsReady : kOddWeightsReady,
+                              kConsumerThreads);
+  }
+
+  // Waits for the other warpgroup's weights and follows its maxima.
+  template <int kBuffer>
+  __device__ __forceinline__ static void follow(Shared& shared, const Rows& rows, RowPair& max,
+                                                RowPair& sum, RowPair& factor) {
+    ptx::named_barrier_sync(kBuffer == 0 ? kEvenWeightsReady : kOddWeightsReady, kConsumerThreads);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float fresh = shared.max[kBuffer][rows.local + 8 * e];
+      factor.v[e] = rescale_factor(max.v[e], fresh);
+      max.v[e] = fresh;
+      sum.v[e] *= factor.v[e];
+    }
+  }
+
+  // Finishes all products and gives the half buffer back.
+  __device__ __forceinline__ static void finish(float (&output)[128], uint64_t* empty) {
     wgmma::wait<0>();
     wgmma::pin(output);
+    release(empty);
+  }
+
+  // Accumulates the even warpgroup's half of the output over the blocks of an item.
+  __device__ __forceinline__ static void consume_even(const DecodeArgs& args, Shared& shared,
+                                                      const Item& item, const Rows& rows,
+                                                      uint32_t& uses, float (&output)[128],
+                                                      RowPair& max, RowPair& sum) {
+    RowPair factor;
+    uint32_t weights[4][4];
+    float scores[32];
+    int block = item.begin;
+    for (; block + 1 < item.end; block += 2) {
+      start_scores<0>(shared, uses++ & 1, item, block, scores);
+      wgmma::wait<0>();
+      wgmma::pin(scores);
+      weigh<0>(args, shared, item, rows, block, scores, max, sum, factor, weights);
+      rescale(output, factor);
+      start_output<0, 0>(shared, weights, output);
+
+      finish(output, &shared.cache_empty[0][0]);
+      follow<1>(shared, rows, max, sum, factor);
+      clear_past_end<1, 0>(shared, block + 1, item.tokens);
+      rescale(output, factor);
+      start_output<1, 0>(shared, output);
+      finish(output, &shared.cache_empty[1][0]);
+    }
+    if (block < item.end) {
+      start_scores<0>(shared, uses++ & 1, item, block, scores);
+      wgmma::wait<0>();
+      wgmma::pin(scores);
+      weigh<0>(args, shared, item, rows, block, scores, max, sum, factor, weights);
+      clear_past_end<0, 0>(shared, block, item.tokens);
+      rescale(output, factor);
+      start_output<0, 0>(shared, weights, output);
+      finish(output, &shared.cache_empty[0][0]);
+    }
+  }
+
+  // The odd warpgroup's half.
+  __device__ __forceinline__ static void consume_odd(const DecodeArgs& args, Shared& shared,
+                                                     const Item& item, const Rows& rows,
+                                                     uint32_t& uses, float (&output)[128],
+                                                     RowPair& max, RowPair& sum) {
+    RowPair factor;
+    uint32_t weights[4][4];
+    float scores[32];
+    int block = item.begin;
+    for (; block + 1 < item.end; block += 2) {
+      start_scores<1>(shared, uses++ & 1, item, block + 1, scores);
+      wgmma::wait<0>();
+      wgmma::pin(scores);
+      follow<0>(shared, rows, max, sum, factor);
+      rescale(output, factor);
+      start_output<0, 1>(shared, output);
+
+      weigh<1>(args, shared, item, rows, block + 1, scores, max, sum, factor, weights);
+      finish(output, &shared.cache_empty[0][1]);
+      clear_past_end<1, 1>(shared, block + 1, item.tokens);
+      rescale(output, factor);
+      start_output<1, 1>(shared, weights, output);
+      finish(output, &shared.cache_empty[1][1]);
+    }
+    if (block < item.end) {
+      follow<0>(shared, rows, max, sum, factor);
+      clear_past_end<0, 1>(shared, block, item.tokens);
+      rescale(output, factor);
+      start_output<0, 1>(shared, output);
+      finish(output, &shared.cache_empty[0][1]);
+    }
   }
 
   // Writes the normalised output of an unsplit item, 16 bytes a lane.
@@ -323,44 +365,35 @@ struct Decode {
     (set ? low : high) = received;
   }
 
-  // Accumulates and writes half of the output columns of all items.
-  __device__ static void make_output(const DecodeArgs& args, Shared& shared, const Here& place,
-                                     int half) {
+  // What a consumer warpgroup does; only the walk over the blocks differs between the two.
+  __device__ static void consume(const DecodeArgs& args, Shared& shared, const Here& place,
+                                 int half) {
+    uint32_t uses = 0;  // of this warpgroup's block buffer
     const Part& part = shared.part;
-    uint32_t parities = 0;    // bit b: of buffer b's use; bit 2 + p: of totals p's
     Split split = {0, 0, 0};  // of the item at hand
     for_each_item(args, part, [&](const Item& item) {
       const Rows rows = rows_of(args, place, item);
-      RowPair max = {kNegativeInfinity, kNegativeInfinity}, sum;
+      RowPair max = {kNegativeInfinity, kNegativeInfinity}, sum = {0.f, 0.f};
       float output[128];
 #pragma unroll
       for (float& v : output) v = 0.f;
-
-      for (int block = item.begin; block < item.end; ++block) {
-        const int buffer = (block - item.begin) & 1;
-        ptx::mbarrier_wait(&shared.weights_full[buffer], parities >> buffer & 1);
-        parities ^= 1 << buffer;
-        RowPair factor;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float fresh = shared.max[buffer][rows.local + 8 * e];
-          factor.v[e] = rescale_factor(max.v[e], fresh);
-          max.v[e] = fresh;
-        }
-        clear_past_end(shared, buffer, half, block, item.tokens);
-        rescale(output, factor);
-        add_block(shared, buffer, half, output);
-        release(&shared.cache_empty[buffer][half]);
+      if (half == 0) {
+        consume_even(args, shared, item, rows, uses, output, max, sum);
+      } else {
+        consume_odd(args, shared, item, rows, uses, output, max, sum);
       }
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.query_empty);
 
-      ptx::mbarrier_wait(&shared.totals_full[item.parity], parities >> (2 + item.parity) & 1);
-      parities ^= 4 << item.parity;
+      float (&sums)[2][kTileRows] = shared.sum[item.parity];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float2 even = shared.totals[item.parity][0][rows.local + 8 * e];
-        const float2 odd = shared.totals[item.parity][1][rows.local + 8 * e];
-        sum.v[e] =
-            even.y * rescale_factor(even.x, max.v[e]) + odd.y * rescale_factor(odd.x, max.v[e]);
+        sum.v[e] = quad_sum(sum.v[e]);
+        if (threadIdx.x % 4 == 0) sums[half][rows.local + 8 * e] = sum.v[e];
+      }
+      ptx::named_barrier_sync(kConsumers, kConsumerThreads);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        sum.v[e] = sums[0][rows.local + 8 * e] + sums[1][rows.local + 8 * e];
       }
 
       split.helpers = 0;
@@ -412,12 +445,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     ptx::mbarrier_init(&shared.query_empty, 8);
     for (int i = 0; i < 4; ++i) ptx::mbarrier_init(&shared.cache_empty[i / 2][i % 2], 4 * kCtas);
-    for (int i = 0; i < 2; ++i) {
-      ptx::mbarrier_init(&shared.weights_full[i], 4);
-      ptx::mbarrier_init(&shared.totals_full[i], 8);
-    }
     ptx::mbarrier_init_fence();
-  } else if (threadIdx.x < kOutputThreads) {
+  } else if (threadIdx.x < kConsumerThreads) {
     // The block table is wanted as soon as the part is known; a small one gets here meanwhile.
     const int64_t entry = int64_t{threadIdx.x - 1} * 32;
     const int64_t entries = int64_t{args.b} * args.max_pages_per_seq;
@@ -426,17 +455,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if constexpr (kCtas > 1) ptx::cluster_sync();
 
-  // 128 registers a thread at launch; the output needs more than the weights.
-  if (warpgroup < 2) {
-    ptx::registers_grow<160>();
-    Kernel::make_output(args, shared, place, warpgroup);
-  } else {
-    ptx::registers_shrink<96>();
-    if (warpgroup == 2) {
-      Kernel::template make_weights<0>(args, query_map, cache_map, shared, place);
-    } else {
-      Kernel::template make_weights<1>(args, query_map, cache_map, shared, place);
+  // 168 registers a thread at launch; the copiers' go to the others.
+  if (warpgroup == 2) {
+    ptx::registers_shrink<40>();
+    if (threadIdx.x == 256) {
+      Kernel::template produce_cache<0, 0, 4>(args, cache_map, shared, place);
+    } else if (threadIdx.x == 288) {
+      Kernel::template produce_cache<1, 4, kPieces>(args, cache_map, shared, place);
+    } else if (threadIdx.x == 320) {
+      Kernel::produce_queries(args, query_map, shared, place);
     }
+    __syncwarp();
+  } else {
+    ptx::registers_grow<232>();
+    Kernel::consume(args, shared, place, warpgroup);
   }
   // Nobody leaves while the other may still write to its shared memory or arrive on its barriers.
   if constexpr (kCtas > 1) ptx::cluster_sync();

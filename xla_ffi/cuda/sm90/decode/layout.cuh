@@ -17,10 +17,10 @@ namespace mla {
 inline constexpr int kTileRows = 64;       // packed query rows of one CTA
 inline constexpr int kValueColumns = 512;  // d_v; a warpgroup accumulates half of them
 inline constexpr int kHalfColumns = 256;
-inline constexpr int kValuePieces = 8;      // pieces of 64 columns that are K and V both
-inline constexpr int kMaxPieces = 9;        // the ninth is RoPE's: K only
-inline constexpr int kOutputThreads = 256;  // two warpgroups, the first of the CTA
-inline constexpr int kThreads = 512;        // and two that make the weights
+inline constexpr int kValuePieces = 8;  // pieces of 64 columns that are K and V both
+inline constexpr int kMaxPieces = 9;    // the ninth is RoPE's: K only
+inline constexpr int kConsumerThreads = 256;
+inline constexpr int kThreads = 384;
 
 struct DecodeArgs {
   const int32_t* block_table;
@@ -51,11 +51,9 @@ struct Shared {
   uint64_t query_full[kMaxPieces];
   uint64_t query_empty;
   uint64_t cache_full[2][kMaxPieces];
-  uint64_t cache_empty[2][2];      // [buffer][half of the value columns]
-  uint64_t weights_full[2];        // [buffer]: its weights and maxima are there
-  uint64_t totals_full[2];         // [item parity]
-  float max[2][kTileRows];         // the running maxima after the block in [buffer]
-  float2 totals[2][2][kTileRows];  // [item parity][weights warpgroup]: (max, sum)
+  uint64_t cache_empty[2][2];  // [buffer][half of the value columns]
+  float max[2][kTileRows];     // the running maxima after the last block of [buffer]
+  float sum[2][2][kTileRows];  // [item parity][warpgroup]
   Part part;
 };
 inline constexpr int kWeightsPiece = 8;
@@ -132,11 +130,10 @@ __device__ __forceinline__ float log_sum_exp(float max, float sum) {
 
 // Barriers of bar.sync; 0 is __syncthreads.
 enum NamedBarrier : int {
-  kMaxReady = 1,    // and 2: buffer 0's, buffer 1's maxima are in shared memory
-  kOutputs = 3,     // the output warpgroups
-  kWarpgroup = 4,   // and 5: one of them
-  kWeights = 6,     // the weights warpgroups
-  kFirstBlock = 7,  // the first of them
+  kEvenWeightsReady = 1,  // buffer 0's weights and maxima are in shared memory
+  kOddWeightsReady = 2,
+  kConsumers = 3,
+  kWarpgroup = 4,  // and 5: one warpgroup
 };
 
 }  // namespace mla

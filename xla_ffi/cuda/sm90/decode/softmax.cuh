@@ -50,45 +50,39 @@ __device__ __forceinline__ void mask_scores(float (&scores)[32], int column,
   }
 }
 
-// The largest score of each row, in log2 units.
-__device__ __forceinline__ RowPair row_maxima(const float (&scores)[32], float scale) {
-  RowPair top;
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    float v = kNegativeInfinity;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      v = fmaxf(v, fmaxf(scores[4 * i + 2 * row], scores[4 * i + 2 * row + 1]));
-    }
-    top.v[row] = quad_max(v) * scale;
-  }
-  return top;
-}
-
 // The reference that exp2 subtracts follows the true maximum only when that has outgrown it by
 // 2^8: the result does not depend on it, the weights stay representable, and the accumulators are
 // left alone for most blocks.
-__device__ __forceinline__ float next_max(float old, float top) {
-  constexpr float kSlack = 8.f;
-  return top > old + kSlack ? top : old;
-}
+inline constexpr float kMaxSlack = 8.f;
 
-// Turns scores into weights, packed to 16 bits as wgmma's A fragments, and adds to this lane's
-// share of the row sums.
+// Turns scores into weights, packed to 16 bits as wgmma's A fragments, and updates the maxima and
+// this lane's share of the row sums of the weights.
 template <typename T>
-__device__ __forceinline__ void weights_of(float (&scores)[32], float scale, const RowPair& max,
-                                           RowPair& sum, uint32_t (&weights)[4][4]) {
+__device__ __forceinline__ void softmax_block(float (&scores)[32], float scale, RowPair& max,
+                                              RowPair& sum, RowPair& factor,
+                                              uint32_t (&weights)[4][4]) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const float reference = max.v[row] == kNegativeInfinity ? 0.f : max.v[row];
+    float top = kNegativeInfinity;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      top = fmaxf(top, fmaxf(scores[4 * i + 2 * row], scores[4 * i + 2 * row + 1]));
+    }
+    top = quad_max(top) * scale;
+    const float fresh = top > max.v[row] + kMaxSlack ? top : max.v[row];
+    factor.v[row] = rescale_factor(max.v[row], fresh);
+    max.v[row] = fresh;
+    const float reference = fresh == kNegativeInfinity ? 0.f : fresh;
+    float total = 0.f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
 #pragma unroll
       for (int e = 2 * row; e < 2 * row + 2; ++e) {
         scores[4 * i + e] = ptx::exp2_approx(fmaf(scores[4 * i + e], scale, -reference));
-        sum.v[row] += scores[4 * i + e];
+        total += scores[4 * i + e];
       }
     }
+    sum.v[row] = sum.v[row] * factor.v[row] + total;
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
