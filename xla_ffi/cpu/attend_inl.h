@@ -21,12 +21,14 @@ typedef uint16_t Halves __attribute__((vector_size(2 * MLA_LANES)));
 // Vectors travel by reference: by value their calling convention would depend on the target.
 template <typename V, typename T>
 MLA_INLINE void Load(V& v, const T* from) {
-  __builtin_memcpy(&v, from, sizeof(V));
+  typedef V Unaligned __attribute__((aligned(1), may_alias));
+  v = *reinterpret_cast<const Unaligned*>(from);
 }
 
 template <typename V, typename T>
 MLA_INLINE void Store(T* to, const V& v) {
-  __builtin_memcpy(to, &v, sizeof(V));
+  typedef V Unaligned __attribute__((aligned(1), may_alias));
+  *reinterpret_cast<Unaligned*>(to) = v;
 }
 
 MLA_INLINE float Sum(const Floats& x) {
@@ -102,27 +104,32 @@ MLA_TARGET void WidenRow(float* out, const T* x, int64_t d) {
   }
 }
 
-// Register tiles of 4 x 3: 12 accumulators, and operands for 12 products from 7 loads.
+// Register tiles of 4 x 3: 12 accumulators, and operands for 12 products from 7 loads. The small loops
+// must be unrolled for the accumulators to be registers; compilers do not do it unasked.
 constexpr int kRowsPerTile = 4;
 constexpr int kTokensPerTile = 3;
 constexpr int kColumnVectors = 3;
 static_assert(kTileRows % kRowsPerTile == 0 && kBlockTokens % kTokensPerTile == 0);
 static_assert(kBlockTokens % kMaxLanes == 0);
+#define MLA_UNROLL _Pragma("GCC unroll 4")
 
 // scores[4, 3] = scale * q[4, d] k[3, d]^T.
 MLA_TARGET void Scores(float* scores, const float* q, const float* k, int64_t stride, float scale) {
-  Floats acc[kRowsPerTile][kTokensPerTile] = {};
+  Floats acc[kRowsPerTile][kTokensPerTile];
+  MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+    MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) acc[r][t] = Floats{};
+  }
   for (int64_t i = 0; i < stride; i += kLanes) {
     Floats key[kTokensPerTile];
-    for (int t = 0; t < kTokensPerTile; ++t) Load(key[t], k + t * stride + i);
-    for (int r = 0; r < kRowsPerTile; ++r) {
+    MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) Load(key[t], k + t * stride + i);
+    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
       Floats query;
       Load(query, q + r * stride + i);
-      for (int t = 0; t < kTokensPerTile; ++t) acc[r][t] += query * key[t];
+      MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) acc[r][t] += query * key[t];
     }
   }
-  for (int r = 0; r < kRowsPerTile; ++r) {
-    for (int t = 0; t < kTokensPerTile; ++t) {
+  MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+    MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) {
       scores[r * kBlockTokens + t] = scale * Sum(acc[r][t]);
     }
   }
@@ -132,21 +139,28 @@ MLA_TARGET void Scores(float* scores, const float* q, const float* k, int64_t st
 MLA_TARGET void Values(float* acc, int64_t acc_stride, const float* weights, const float* v,
                        int64_t v_stride, int64_t n) {
   Floats sum[kRowsPerTile][kColumnVectors];
-  for (int r = 0; r < kRowsPerTile; ++r) {
-    for (int c = 0; c < kColumnVectors; ++c) Load(sum[r][c], acc + r * acc_stride + c * kLanes);
+  MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+    MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
+      Load(sum[r][c], acc + r * acc_stride + c * kLanes);
+    }
   }
   for (int64_t t = 0; t < n; ++t) {
     Floats value[kColumnVectors];
-    for (int c = 0; c < kColumnVectors; ++c) Load(value[c], v + t * v_stride + c * kLanes);
-    for (int r = 0; r < kRowsPerTile; ++r) {
+    MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
+      Load(value[c], v + t * v_stride + c * kLanes);
+    }
+    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
       const float weight = weights[r * kBlockTokens + t];
-      for (int c = 0; c < kColumnVectors; ++c) sum[r][c] += weight * value[c];
+      MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) sum[r][c] += weight * value[c];
     }
   }
-  for (int r = 0; r < kRowsPerTile; ++r) {
-    for (int c = 0; c < kColumnVectors; ++c) Store(acc + r * acc_stride + c * kLanes, sum[r][c]);
+  MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+    MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
+      Store(acc + r * acc_stride + c * kLanes, sum[r][c]);
+    }
   }
 }
+#undef MLA_UNROLL
 
 // Turns a row of scores, of which the first `seen` count, into weights exp(score - top), and brings
 // the row's top, total and acc up to date.
