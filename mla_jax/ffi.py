@@ -42,7 +42,7 @@ def _runtime_version() -> tuple[int, int]:
     return int(found["MAJOR"]), int(found["MINOR"])
 
 
-def _load() -> None:
+def _load() -> ctypes.CDLL:
     """Loads the library and registers its targets, or raises `_LibraryError`."""
     path = _find_library()
     try:
@@ -59,6 +59,7 @@ def _load() -> None:
             f"{runtime[0]}.{runtime[1]}: build it with a jaxlib that is no newer than this one"
         )
     jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+    return library
 
 
 @functools.cache
@@ -69,6 +70,16 @@ def _library_reason() -> str | None:
     except _LibraryError as error:
         return str(error)
     return None
+
+
+def instruction_set() -> str:
+    """Names the instruction set that the library uses: "baseline", "avx2" or "avx512".
+
+    The environment variable MLA_JAX_CPU_ISA, read once per process, caps it.
+    """
+    library = _load()
+    library.mla_jax_cpu_isa.restype = ctypes.c_char_p
+    return library.mla_jax_cpu_isa().decode()
 
 
 def _default_platform() -> str:

@@ -211,3 +211,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_jax_decode_cpu, DecodeCpu,
 // The version of the FFI that this library was built for: it runs under that one and newer ones.
 extern "C" int mla_jax_ffi_major() { return XLA_FFI_API_MAJOR; }
 extern "C" int mla_jax_ffi_minor() { return XLA_FFI_API_MINOR; }
+
+extern "C" const char* mla_jax_cpu_isa() { return mla_cpu_isa(); }

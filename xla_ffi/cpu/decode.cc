@@ -28,8 +28,13 @@ namespace {
 constexpr int64_t kPartTokens = 960;
 static_assert(kPartTokens % kBlockTokens == 0);
 
+struct Isa {
+  const char* name;
+  AttendFn attend;
+};
+
 // The widest instruction set of this processor that MLA_JAX_CPU_ISA allows.
-AttendFn ChooseAttend() {
+Isa ChooseIsa() {
   const char* cap = std::getenv("MLA_JAX_CPU_ISA");
   const auto allowed = [cap](std::initializer_list<const char*> caps) {
     return cap == nullptr || *cap == '\0' ||
@@ -41,15 +46,21 @@ AttendFn ChooseAttend() {
   if (allowed({"avx512"}) && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return avx512::Attend;
+    return {"avx512", avx512::Attend};
   }
   if (allowed({"avx2", "avx512"}) && __builtin_cpu_supports("avx2") &&
       __builtin_cpu_supports("fma")) {
-    return avx2::Attend;
+    return {"avx2", avx2::Attend};
   }
 #endif
   (void)allowed;
-  return baseline::Attend;
+  return {"baseline", baseline::Attend};
+}
+
+// Chosen once per process.
+const Isa& ChosenIsa() {
+  static const Isa isa = ChooseIsa();
+  return isa;
 }
 
 // Items [0, count) that threads claim one by one. Helpers hold it by shared pointers: one that
@@ -192,7 +203,6 @@ struct Job {
 };
 
 bool Decode(const MlaDecodeParams& p, const MlaThreads& threads) {
-  static const AttendFn attend = ChooseAttend();
   const int32_t num_rows = p.s_q * (p.h_q / p.h_kv);
   std::vector<Job> jobs;
   std::vector<int64_t> job_of_item;
@@ -217,7 +227,7 @@ bool Decode(const MlaDecodeParams& p, const MlaThreads& threads) {
     Tile tile = job.tile;
     tile.token0 = (item - job.first) * kPartTokens;
     tile.token1 = std::min(tile.token0 + kPartTokens, job.tile.token1);
-    attend(p, tile, s);
+    ChosenIsa().attend(p, tile, s);
     if (job.num_parts == 1) {
       for (int32_t r = 0; r < tile.rows; ++r) {
         WriteRow(p, tile, r, s.acc + r * s.value_stride, s.top[r], s.total[r]);
@@ -256,3 +266,5 @@ extern "C" int mla_cpu_decode(const MlaDecodeParams* params, const MlaThreads* t
     return 1;
   }
 }
+
+extern "C" const char* mla_cpu_isa() { return mla::ChosenIsa().name; }
