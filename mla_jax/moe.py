@@ -50,7 +50,7 @@ class Router(nnx.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps tokens `[n, hidden_size]` to experts `[n, k]` and float32 weights `[n, k]`."""
         config = self.config
-        # At full precision: GPUs multiply float32 in a shorter format unless told, and experts flip.
+        # At full precision: GPUs round float32 products unless told not to, and experts would flip.
         logits = jnp.matmul(
             x.astype(jnp.float32),
             self.kernel[...].astype(jnp.float32),
