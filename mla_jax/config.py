@@ -10,6 +10,7 @@ from mla_jax.rope import RopeConfig, YarnScaling
 
 # Kimi-K2 is DeepSeek-V3 under its own name.
 _V3_TYPES = ("deepseek_v3", "kimi_k2")
+_DTYPES = ("bfloat16", "float16", "float32")
 _MODEL_TYPES = ("deepseek_v2", *_V3_TYPES)
 
 
@@ -65,6 +66,8 @@ class DeepseekConfig:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected a positive int")
         _check_model_type(self.model_type)
+        if self.torch_dtype not in _DTYPES:
+            raise ValueError(f"torch_dtype: got {self.torch_dtype!r}, expected one of {_DTYPES}")
         if not self.n_routed_experts:
             return
         if self.n_routed_experts % self.n_group:
@@ -107,7 +110,7 @@ class DeepseekConfig:
             ValueError: a key is missing or its value is wrong.
             NotImplementedError: the model has something this library does not.
         """
-        model_type = config.get("model_type", "deepseek_v3")
+        model_type = config.get("model_type")
         _check_model_type(model_type)
         v3 = model_type in _V3_TYPES
         required = [n for n, f in cls.__dataclass_fields__.items() if f.default is MISSING]
@@ -175,6 +178,9 @@ def _rope_from_dict(config: Mapping[str, Any], interleaved: bool) -> RopeConfig:
         return RopeConfig(float(theta), None, interleaved)
     if kind != "yarn":
         raise NotImplementedError(f"rope type: got {kind!r}, expected 'default' or 'yarn'")
+    for key, expected in {"attention_factor": None, "truncate": True}.items():
+        if rope.get(key, expected) != expected:
+            raise NotImplementedError(f"{key}: got {rope[key]!r}, expected {expected!r}")
     fields = YarnScaling.__dataclass_fields__
     missing = [n for n, f in fields.items() if f.default is MISSING and n not in rope]
     if missing:

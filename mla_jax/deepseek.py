@@ -250,4 +250,4 @@ def _norm(
 
 def _is_beyond_layers(name: str, num_layers: int) -> bool:
     parts = name.split(".")
-    return parts[:2] == ["model", "layers"] and int(parts[2]) >= num_layers
+    return parts[:2] == ["model", "layers"] and parts[2].isdecimal() and int(parts[2]) >= num_layers

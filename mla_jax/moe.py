@@ -50,7 +50,12 @@ class Router(nnx.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps tokens `[n, hidden_size]` to experts `[n, k]` and float32 weights `[n, k]`."""
         config = self.config
-        logits = x.astype(jnp.float32) @ self.kernel[...].astype(jnp.float32)
+        # At full precision: GPUs round float32 products unless told not to, and experts would flip.
+        logits = jnp.matmul(
+            x.astype(jnp.float32),
+            self.kernel[...].astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
         if config.is_v3:
             scores = jax.nn.sigmoid(logits)
             choice = scores + self.e_score_correction_bias[...]

@@ -176,16 +176,18 @@ def test_every_wrong_tensor_is_named_in_one_error(v2lite):
         del tensors["model.layers.1.self_attn.kv_b_proj.weight"]
         del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
         tensors["model.layers.0.extra.weight"] = jnp.zeros(3)
+        tensors["model.layers.x.weight"] = jnp.zeros(3)
         tensors["model.norm.weight"] = jnp.zeros(7)
 
     _edit(v2lite, change)
-    with pytest.raises(ValueError, match="4 tensors do not fit the model") as error:
+    with pytest.raises(ValueError, match="5 tensors do not fit the model") as error:
         load(v2lite)
     hidden = json.loads((v2lite / "config.json").read_text())["hidden_size"]
     assert set(str(error.value).splitlines()[1:]) == {
         "missing: model.layers.1.self_attn.kv_b_proj.weight",
         "missing: model.layers.1.mlp.experts.2.up_proj.weight",
         "unexpected: model.layers.0.extra.weight",
+        "unexpected: model.layers.x.weight",
         f"mis-shaped: model.norm.weight: got [7], expected [{hidden}]",
     }
 
@@ -289,6 +291,8 @@ def test_kimi_is_v3():
     [
         ("v32_dsa", {}, NotImplementedError, "'deepseek_v32', .*sparse indexer is not supported"),
         ("v2lite", {"model_type": "llama"}, NotImplementedError, "model_type: got 'llama'"),
+        ("v2lite", {"model_type": ...}, NotImplementedError, "model_type: got None"),
+        ("v2lite", {"torch_dtype": "int4"}, ValueError, "torch_dtype: got 'int4', expected one of"),
         ("v2lite", {"hidden_size": ...}, ValueError, r"config\.json: hidden_size missing"),
         ("v2lite", {"hidden_size": "64"}, ValueError, "hidden_size: got '64', expected a positive"),
         ("v2lite", {"num_hidden_layers": 0}, ValueError, "num_hidden_layers: got 0"),
@@ -312,6 +316,12 @@ def test_kimi_is_v3():
             {"rope_scaling": {"type": "linear", "factor": 2}},
             NotImplementedError,
             "rope type: got 'linear'",
+        ),
+        (
+            "v2lite",
+            {"rope_scaling": {"type": "yarn", "factor": 2, "truncate": False}},
+            NotImplementedError,
+            "truncate: got False, expected True",
         ),
         (
             "v2lite",

@@ -68,7 +68,8 @@ def test_text_output_is_the_prompt_its_continuation_and_a_summary(folder, capsys
 def test_options_reach_generation(folder, capsys):
     def tokens(*options):
         arguments = ["generate", "--model", str(folder), "--prompt", "To be", "--json"]
-        assert main([*arguments, "--max-new-tokens", "8", *options]) == 0
+        arguments += ["--max-new-tokens", "8", "--dtype", "float32"]
+        assert main([*arguments, *options]) == 0
         return json.loads(capsys.readouterr().out)["tokens"]
 
     hot = ("--temperature", "5", "--top-p", "1")
@@ -77,7 +78,7 @@ def test_options_reach_generation(folder, capsys):
     assert tokens(*hot, "--top-k", "1") == greedy
     assert tokens("--temperature", "5", "--top-p", "1e-6") == greedy
     paged = ("--page-size", "4", "--prefill-chunk", "2", "--implementation", "xla")
-    assert tokens("--temperature", "0", "--dtype", "float32", *paged) == greedy
+    assert tokens("--temperature", "0", *paged) == greedy
 
 
 def test_beginning_of_sequence_token(folder, capsys):
