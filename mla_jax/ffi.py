@@ -20,15 +20,16 @@ import numpy as np
 _TARGET = "mla_jax_decode"
 
 
-class _LibraryError(Exception):
+class LibraryError(Exception):
     """Why the library cannot be used."""
 
 
-def _find_library() -> Path:
+def find_library() -> Path:
+    """Returns the path of the library, or raises `LibraryError`."""
     # By the import system: the folder of an editable install's sources does not hold the library.
     spec = importlib.util.find_spec("mla_jax.mla_jax_cpu")
     if spec is None or spec.origin is None:
-        raise _LibraryError(
+        raise LibraryError(
             "the library mla_jax_cpu is not installed: pip found no C++ compiler when it "
             "installed mla-jax, or the package runs from its sources"
         )
@@ -43,18 +44,18 @@ def _runtime_version() -> tuple[int, int]:
 
 
 def _load() -> ctypes.CDLL:
-    """Loads the library and registers its targets, or raises `_LibraryError`."""
-    path = _find_library()
+    """Loads the library and registers its targets, or raises `LibraryError`."""
+    path = find_library()
     try:
         library = ctypes.CDLL(str(path))
         built = (library.mla_jax_ffi_major(), library.mla_jax_ffi_minor())
         handler = library.mla_jax_decode_cpu
     except (OSError, AttributeError) as error:
-        raise _LibraryError(f"{path} does not load: {error}") from error
+        raise LibraryError(f"{path} does not load: {error}") from error
     runtime = _runtime_version()
     # Registering one that is too new would break the whole process, jnp.ones included.
     if built[0] != runtime[0] or built[1] > runtime[1]:
-        raise _LibraryError(
+        raise LibraryError(
             f"{path} was built for XLA FFI {built[0]}.{built[1]}, this jaxlib has "
             f"{runtime[0]}.{runtime[1]}: build it with a jaxlib that is no newer than this one"
         )
@@ -67,7 +68,7 @@ def _library_reason() -> str | None:
     """Loads the library once per process; says why it cannot be used, or None."""
     try:
         _load()
-    except _LibraryError as error:
+    except LibraryError as error:
         return str(error)
     return None
 
@@ -83,7 +84,7 @@ def instruction_set() -> str:
 
 
 def _default_platform() -> str:
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform

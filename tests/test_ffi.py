@@ -180,12 +180,12 @@ def test_library_absent(unloaded, monkeypatch):
 def test_library_that_does_not_load(unloaded, monkeypatch, tmp_path):
     broken = tmp_path / "mla_jax_cpu.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(ffi, "_find_library", lambda: broken)
+    monkeypatch.setattr(ffi, "find_library", lambda: broken)
     _refused(f"^ffi: {re.escape(str(broken))} does not load: ")
 
 
 def test_library_without_our_symbols(unloaded, monkeypatch):
-    monkeypatch.setattr(ffi, "_find_library", lambda: None)  # ctypes: this very process
+    monkeypatch.setattr(ffi, "find_library", lambda: None)  # ctypes: this very process
     monkeypatch.setattr(ffi.ctypes, "CDLL", lambda name: ffi.ctypes.PyDLL(None))
     _refused("does not load: .*mla_jax_ffi_major")
 
@@ -241,7 +241,7 @@ def _in_a_process(problems, **environment):
     """Runs the op in a new process, which reads `environment` anew; says its instruction set."""
     arrays = [(p.q, p.k_cache, p.block_table, p.cache_seqlens) for p in problems]
     done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT],
+        [sys.executable, "-P", "-c", _SCRIPT],
         input=pickle.dumps(arrays),
         check=True,
         env=os.environ | environment,
@@ -327,7 +327,9 @@ def test_vmap_keeps_pools_apart():
     p = problem([65], num_pages=4, poison=0)
     table = np.array([[4, -1, 0]], np.int32)
     arrays = (p.q, p.k_cache, table, np.array([130], np.int32))
-    stacked = [jnp.stack([x, x + x.dtype.type(k)]) for k, x in zip((0, 1, 0, 0), arrays, strict=True)]
+    stacked = [
+        jnp.stack([x, x + x.dtype.type(k)]) for k, x in zip((0, 1, 0, 0), arrays, strict=True)
+    ]
     out, lse = jax.vmap(run)(*stacked)
     for i in range(2):
         one = type(p)(*(np.asarray(x[i]) for x in stacked))
@@ -345,7 +347,7 @@ def test_export():
 
 def test_only_our_symbols_are_visible():
     """Others in the process must not meet the library's own names."""
-    path = ffi._find_library()
+    path = ffi.find_library()
     assert isinstance(path, Path)
     names = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True)
     if names.returncode:
