@@ -195,13 +195,7 @@ def test_library_without_our_symbols(unloaded, monkeypatch):
 )
 def test_library_built_for_another_ffi(unloaded, monkeypatch, runtime, text):
     monkeypatch.setattr(ffi, "_runtime_version", lambda: runtime)
-    _refused(f"was built for XLA FFI 0.1, this jaxlib has {text}: build it with a jaxlib that is")
-
-
-def test_library_is_built_for_an_ffi_as_old_as_the_oldest_jax():
-    major, minor = ffi._runtime_version()
-    assert major == 0
-    assert minor >= 3  # jax 0.10.2; the library's own is 0.1, see above
+    _refused(rf"was built for XLA FFI 0\.\d, this jaxlib has {text}: build it with a jaxlib that is")
 
 
 # --- Threads --------------------------------------------------------------------------------------
@@ -327,9 +321,8 @@ def test_vmap_keeps_pools_apart():
     p = problem([65], num_pages=4, poison=0)
     table = np.array([[4, -1, 0]], np.int32)
     arrays = (p.q, p.k_cache, table, np.array([130], np.int32))
-    stacked = [
-        jnp.stack([x, x + x.dtype.type(k)]) for k, x in zip((0, 1, 0, 0), arrays, strict=True)
-    ]
+    stacked = [jnp.stack([x, x]) for x in arrays]
+    stacked[1] = stacked[1].at[1].add(1)
     out, lse = jax.vmap(run)(*stacked)
     for i in range(2):
         one = type(p)(*(np.asarray(x[i]) for x in stacked))
