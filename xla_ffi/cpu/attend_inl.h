@@ -166,8 +166,16 @@ MLA_TARGET void Values(float* acc, int64_t acc_stride, const float* weights, con
 // the row's top, total and acc up to date.
 MLA_TARGET void Softmax(float* scores, int64_t seen, float* top, float* total, float* acc,
                         int64_t acc_stride) {
+  Ints lane;
+  Load(lane, kLaneIndex);
+  Floats largest = Floats{} + *top;
+  for (int64_t t = 0; t < seen; t += kLanes) {
+    Floats x;
+    Load(x, scores + t);
+    largest = (lane < (int32_t)(seen - t)) & (x > largest) ? x : largest;  // passes NaN over
+  }
   float highest = *top;
-  for (int64_t t = 0; t < seen; ++t) highest = scores[t] > highest ? scores[t] : highest;
+  for (int i = 0; i < kLanes; ++i) highest = largest[i] > highest ? largest[i] : highest;
   const float base = highest == -kInfinity ? 0.0f : highest;  // -inf - -inf would be NaN
   Floats sum = {};
   for (int64_t t = 0; t < kBlockTokens; t += kLanes) {
@@ -176,8 +184,6 @@ MLA_TARGET void Softmax(float* scores, int64_t seen, float* top, float* total, f
       Load(x, scores + t);
       x -= base;
       Exp(x);
-      Ints lane;
-      Load(lane, kLaneIndex);
       x = lane < (int32_t)(seen - t) ? x : Floats{};
       sum += x;
     }
