@@ -80,7 +80,8 @@ def flash_mla_with_kvcache(
         batch_invariant: gives each sequence the same bits whatever the batch, its slot and its
             pages.
         implementation: `None` takes the first that supports these inputs here, a name takes that
-            one or fails, a sequence of names is an order of preference.
+            one or fails, a sequence of names is an order of preference. "Here" is the default
+            device: to lower for another platform, name "xla".
 
     Returns:
         out: `[b, s_q, h_q, head_dim_v]` in q's dtype, 0 where a query sees nothing.

@@ -195,7 +195,7 @@ def test_library_without_our_symbols(unloaded, monkeypatch):
 )
 def test_library_built_for_another_ffi(unloaded, monkeypatch, runtime, text):
     monkeypatch.setattr(ffi, "_runtime_version", lambda: runtime)
-    _refused(rf"was built for XLA FFI 0\.\d, this jaxlib has {text}: build it with a jaxlib that is")
+    _refused(rf"was built for XLA FFI 0\.\d, this jaxlib has {text}: build it with a jaxlib")
 
 
 # --- Threads --------------------------------------------------------------------------------------

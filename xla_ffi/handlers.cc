@@ -52,9 +52,10 @@ std::string Describe(const ffi::AnyBuffer& x) {
   return text.str();
 }
 
-ffi::Error Invalid(const std::string& operand, const std::string& got, const std::string& expected) {
-  return ffi::Error::InvalidArgument("mla_jax_decode: " + operand + ": got " + got +
-                                     ", expected " + expected);
+ffi::Error Invalid(const std::string& operand, const std::string& got,
+                   const std::string& expected) {
+  return ffi::Error::InvalidArgument("mla_jax_decode: " + operand + ": got " + got + ", expected " +
+                                     expected);
 }
 
 bool HasShape(const ffi::AnyBuffer& x, std::initializer_list<int64_t> shape) {
@@ -109,12 +110,12 @@ ffi::Error Check(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k_cache,
   const int64_t d_v = out.dimensions()[3];
   const int64_t num_pages = k_cache.dimensions()[0], page_size = k_cache.dimensions()[1];
   const int64_t max_pages = block_table.dimensions()[1];
-  for (const Size& size : {Size{"q", "b", b, 0}, Size{"q", "s_q", s_q, 1}, Size{"q", "h_q", h_q, 1},
-                           Size{"q", "d_k", d_k, 1}, Size{"k_cache", "num_pages", num_pages, 1},
-                           Size{"k_cache", "page_size", page_size, 1},
-                           Size{"k_cache", "h_kv", h_kv, 1},
-                           Size{"block_table", "max_pages_per_seq", max_pages, 1},
-                           Size{"out", "head_dim_v", d_v, 1}}) {
+  for (const Size& size :
+       {Size{"q", "b", b, 0}, Size{"q", "s_q", s_q, 1}, Size{"q", "h_q", h_q, 1},
+        Size{"q", "d_k", d_k, 1}, Size{"k_cache", "num_pages", num_pages, 1},
+        Size{"k_cache", "page_size", page_size, 1}, Size{"k_cache", "h_kv", h_kv, 1},
+        Size{"block_table", "max_pages_per_seq", max_pages, 1},
+        Size{"out", "head_dim_v", d_v, 1}}) {
     if (size.value < size.least || size.value > std::numeric_limits<int32_t>::max()) {
       return Invalid(size.operand, std::string(size.axis) + " " + std::to_string(size.value),
                      "at least " + std::to_string(size.least) + " and less than 2^31");
@@ -181,8 +182,8 @@ ffi::Error DecodeCpu(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_ca
                      ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
                      float softmax_scale, bool causal) {
   MlaDecodeParams params = {};
-  ffi::Error error = Check(q, k_cache, block_table, cache_seqlens, *out, *lse, softmax_scale,
-                           causal, params);
+  ffi::Error error =
+      Check(q, k_cache, block_table, cache_seqlens, *out, *lse, softmax_scale, causal, params);
   if (error.failure()) return error;
   const MlaThreads threads = {&pool, static_cast<int32_t>(pool.num_threads()), Schedule};
   if (mla_cpu_decode(&params, &threads) != 0) {
@@ -197,12 +198,12 @@ ffi::Error DecodeCpu(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_ca
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_jax_decode_cpu, DecodeCpu,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()   // q
-                                  .Arg<ffi::AnyBuffer>()   // k_cache
-                                  .Arg<ffi::AnyBuffer>()   // block_table
-                                  .Arg<ffi::AnyBuffer>()   // cache_seqlens
-                                  .Ret<ffi::AnyBuffer>()   // out
-                                  .Ret<ffi::AnyBuffer>()   // lse
+                                  .Arg<ffi::AnyBuffer>()  // q
+                                  .Arg<ffi::AnyBuffer>()  // k_cache
+                                  .Arg<ffi::AnyBuffer>()  // block_table
+                                  .Arg<ffi::AnyBuffer>()  // cache_seqlens
+                                  .Ret<ffi::AnyBuffer>()  // out
+                                  .Ret<ffi::AnyBuffer>()  // lse
                                   .Attr<float>("softmax_scale")
                                   .Attr<bool>("causal"));
 

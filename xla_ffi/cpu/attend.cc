@@ -28,12 +28,12 @@ constexpr int64_t RoundUp(int64_t n, int64_t multiple) {
 }  // namespace
 
 Scratch::Scratch(const MlaDecodeParams& p) {
-  const int64_t rows = RoundUp(
-      std::min<int64_t>(int64_t{p.s_q} * (p.h_q / p.h_kv), kTileRows), 4);
+  const int64_t rows = RoundUp(std::min<int64_t>(int64_t{p.s_q} * (p.h_q / p.h_kv), kTileRows), 4);
   value_stride = RoundUp(p.d_v, 3 * kMaxLanes);
   key_stride = std::max(RoundUp(p.d_k, kMaxLanes), value_stride);
-  const int64_t sizes[] = {rows * key_stride,   kBlockTokens * key_stride, rows * kBlockTokens,
-                           rows * value_stride, kTileRows,                 kTileRows};
+  const int64_t sizes[] = {rows * key_stride,   kBlockTokens * key_stride,
+                           rows * kBlockTokens, rows * value_stride,
+                           kTileRows,           kTileRows};
   float** fields[] = {&q, &k, &scores, &acc, &top, &total};
   int64_t all = kMaxLanes;  // to align the first
   for (int64_t size : sizes) all += RoundUp(size, kMaxLanes);
@@ -71,7 +71,8 @@ int64_t ClampedLength(const MlaDecodeParams& p, int32_t seq) {
 
 #define MLA_NAMESPACE avx512
 #define MLA_LANES 16
-#define MLA_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+#define MLA_TARGET \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
 #include "cpu/attend_inl.h"
 #undef MLA_NAMESPACE
 #undef MLA_LANES

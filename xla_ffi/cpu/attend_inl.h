@@ -104,8 +104,8 @@ MLA_TARGET void WidenRow(float* out, const T* x, int64_t d) {
   }
 }
 
-// Register tiles of 4 x 3: 12 accumulators, and operands for 12 products from 7 loads. The small loops
-// must be unrolled for the accumulators to be registers; compilers do not do it unasked.
+// Register tiles of 4 x 3: 12 accumulators, and operands for 12 products from 7 loads. The small
+// loops must be unrolled for the accumulators to be registers; compilers do not do it unasked.
 constexpr int kRowsPerTile = 4;
 constexpr int kTokensPerTile = 3;
 constexpr int kColumnVectors = 3;
@@ -250,8 +250,8 @@ MLA_TARGET void AttendAs(const MlaDecodeParams& p, const Tile& tile, Scratch& s)
     for (int32_t r = 0; r < rows; ++r) {
       const int64_t left = visible[r] - start;
       const int64_t seen = left < 0 ? 0 : left < n ? left : n;
-      Softmax(s.scores + r * kBlockTokens, seen, s.top + r, s.total + r,
-              s.acc + r * s.value_stride, s.value_stride);
+      Softmax(s.scores + r * kBlockTokens, seen, s.top + r, s.total + r, s.acc + r * s.value_stride,
+              s.value_stride);
     }
     for (int64_t c = 0; c < s.value_stride; c += kColumnVectors * kLanes) {
       for (int32_t r = 0; r < rows; r += kRowsPerTile) {

@@ -244,8 +244,9 @@ bool Decode(const MlaDecodeParams& p, const MlaThreads& threads) {
     partial.total.assign(s.total, s.total + tile.rows);
   });
 
-  jobs.erase(std::remove_if(jobs.begin(), jobs.end(), [](const Job& j) { return j.num_parts == 1; }),
-             jobs.end());
+  jobs.erase(
+      std::remove_if(jobs.begin(), jobs.end(), [](const Job& j) { return j.num_parts == 1; }),
+      jobs.end());
   if (!enough || jobs.empty()) return enough;
   return Work::Run(p, threads, jobs.size(), [&](int64_t item, Scratch& s) {
     const Job& job = jobs[item];
