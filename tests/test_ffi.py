@@ -287,6 +287,25 @@ def test_every_16_bit_pattern_is_read_and_written_exactly(dtype):
     assert np.isnan(got[~finite]).all()
 
 
+@pytest.mark.parametrize(("dtype", "step"), [("bfloat16", 2**-7), ("float16", 2**-10)])
+def test_results_round_to_the_nearest_even(dtype, step):
+    # Means of two values that lie a step apart are ties; the even neighbour is the first or last.
+    values = 1 + step * np.array([[0, 1], [1, 2]])
+    k_cache = jnp.broadcast_to(jnp.asarray(values, dtype)[:, :, None, None], (2, 2, 1, 512))
+    q = jnp.zeros((2, 1, 1, 512), dtype)
+    table = jnp.arange(2, dtype=jnp.int32)[:, None]
+    out, _ = run(q, k_cache, table, jnp.full(2, 2, jnp.int32))
+    np.testing.assert_array_equal(np.asarray(out[:, 0, 0, 0], np.float64), [1, 1 + 2 * step])
+
+
+def test_scores_of_minus_infinity_weigh_nothing():
+    q = jnp.full((1, 1, 1, 512), -1e38, jnp.float32)
+    arrays = (q, jnp.full((1, 64, 1, 512), 1e38), jnp.zeros((1, 1), jnp.int32), jnp.array([50]))
+    out, lse = run(*arrays)
+    assert not out.any()
+    assert np.isposinf(lse).all()
+
+
 def test_large_scores_neither_overflow_nor_vanish():
     p = problem([1000, 70], h_q=3, dtype="float32")
     p = type(p)(p.q * 100, p.k_cache, p.block_table, p.cache_seqlens)
