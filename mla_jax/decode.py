@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mla_jax import xla
+from mla_jax import ffi, xla
 from mla_jax.schedule import METADATA_WIDTH
 
 # In order of preference. Each has `unsupported_reason` and `decode`.
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": xla}
+_IMPLEMENTATIONS: dict[str, ModuleType] = {"ffi": ffi, "xla": xla}
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 Implementation = str | Sequence[str] | None
@@ -80,7 +80,8 @@ def flash_mla_with_kvcache(
         batch_invariant: gives each sequence the same bits whatever the batch, its slot and its
             pages.
         implementation: `None` takes the first that supports these inputs here, a name takes that
-            one or fails, a sequence of names is an order of preference.
+            one or fails, a sequence of names is an order of preference. "Here" is the default
+            device: to lower for another platform, name "xla".
 
     Returns:
         out: `[b, s_q, h_q, head_dim_v]` in q's dtype, 0 where a query sees nothing.

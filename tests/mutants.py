@@ -8,6 +8,7 @@ Each mistake is made in a copy of the package, the named tests are run on it unt
 the one that caught it is printed. A mistake that survives is an error. Takes some minutes.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -17,7 +18,15 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from mla_jax import ffi
+
 ROOT = Path(__file__).parents[1]
+
+# Run as sitecustomize: an editable install's finder would lead back to the unchanged sources.
+_NO_EDITABLE_INSTALL = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildRedirectingFinder"]
+"""
 
 
 class Mutant(NamedTuple):
@@ -71,6 +80,16 @@ MUTANTS = {
         "q.reshape(b, s_q, h_kv, group, d_k).transpose(0, 2, 1, 3, 4)",
         "q.reshape(b, s_q, group, h_kv, d_k).transpose(0, 3, 1, 2, 4)",
         "test_decode.py -k 'not grid'",
+    ),
+    "vmap lets ids of one pool into the next": Mutant(
+        "ffi.py", "jnp.where(valid, block_table + first, -1)", "block_table + first", "test_ffi.py"
+    ),
+    "vmap forgets which pool": Mutant(
+        "ffi.py", "jnp.where(valid, block_table + first, -1)", "jnp.where(valid, block_table, -1)",
+        "test_ffi.py test_decode.py -k vmap",
+    ),
+    "library for a newer FFI registered": Mutant(
+        "ffi.py", " or built[1] > runtime[1]", "", "test_ffi.py"
     ),
     "split index off by one": Mutant(
         "schedule.py", "dividing - before_seq, 0)", "dividing - before_seq - 1, 0)",
@@ -134,6 +153,9 @@ def caught_by(mutant: Mutant) -> str | None:
     """Returns the test that fails on the mutant, or None if all pass."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(shutil.copytree(ROOT / "mla_jax", Path(folder, "mla_jax")))
+        Path(folder, "sitecustomize.py").write_text(_NO_EDITABLE_INSTALL)
+        with contextlib.suppress(ffi.LibraryError):
+            shutil.copy(ffi.find_library(), package)
         source = package / mutant.file
         text = source.read_text()
         if text.count(mutant.old) != 1:

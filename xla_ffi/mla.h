@@ -13,14 +13,15 @@
 extern "C" {
 #endif
 
-typedef enum MlaDtype { MLA_BF16 = 0, MLA_F16 = 1 } MlaDtype;
+typedef enum MlaDtype { MLA_BF16 = 0, MLA_F16 = 1, MLA_F32 = 2 } MlaDtype;
 
-// One call of paged MLA decode. Pointers are device pointers; shapes are row-major.
+// One call of paged MLA decode. Pointers are of the device that runs it; shapes are row-major.
 //
 // With G = h_q / h_kv, packed query row r = j * G + g stands for query j in [0, s_q) of head
-// kv_head * G + g.
+// kv_head * G + g. The limits of single fields are those of the CUDA kernel; the CPU takes any
+// positive sizes, all three dtypes, and needs neither workspace nor counters.
 typedef struct MlaDecodeParams {
-  const void* q;                 // [b, s_q * G, h_kv, d_k]; [b, s_q, h_q, d_k] when h_kv == 1
+  const void* q;  // CPU: [b, s_q, h_q, d_k]. CUDA: [b, s_q * G, h_kv, d_k], the same if h_kv == 1
   const void* k_cache;           // [num_pages, page_size, h_kv, d_k]
   const int32_t* block_table;    // [b, max_pages_per_seq]; ids outside the pool read as zeros
   const int32_t* cache_seqlens;  // [b], clamped to [0, max_pages_per_seq * page_size]
@@ -48,6 +49,25 @@ size_t mla_sm90_decode_workspace_bytes(int num_sms);
 // Enqueues the decode on `stream` of the current device. Allocates nothing, never synchronises.
 // Returns a cudaError_t: cudaSuccess (0), or why nothing was launched.
 int mla_sm90_decode(const MlaDecodeParams* params, void* stream);
+
+// Threads that the CPU's decode may use besides the caller's.
+typedef struct MlaThreads {
+  void* pool;  // first argument of `schedule`
+  int32_t count;
+  // Runs `task(data)` once, at any later time, on any thread.
+  void (*schedule)(void* pool, void (*task)(void* data), void* data);
+} MlaThreads;
+
+// Decodes on the calling thread and on those of `threads` that come free meanwhile; returns when
+// all is written. Never waits for a task that has not started: XLA's pool may be waiting for us.
+//
+// A row's arithmetic depends on its own query, tokens and length only, so its bits are the same in
+// any batch, slot, pages and number of threads. Returns 0, or 1 if memory ran out.
+int mla_cpu_decode(const MlaDecodeParams* params, const MlaThreads* threads);
+
+// The instruction set that mla_cpu_decode uses here: "baseline", "avx2" or "avx512". The
+// environment variable MLA_JAX_CPU_ISA, read once, names the widest that may be used.
+const char* mla_cpu_isa(void);
 
 #ifdef __cplusplus
 }

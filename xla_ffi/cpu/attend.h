@@ -1,0 +1,70 @@
+// Copyright 2026 The mla-jax Authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Attention of a tile of query rows to a part of the tokens: what each instruction set implements.
+//
+// Letters: r query rows, n tokens, d channels of a key, v channels of a value.
+
+#ifndef MLA_JAX_CPU_ATTEND_H_
+#define MLA_JAX_CPU_ATTEND_H_
+
+#include <cstdint>
+#include <memory>
+
+#include "mla.h"
+
+namespace mla {
+
+constexpr int kTileRows = 32;     // rows that share one conversion of the keys to float32
+constexpr int kBlockTokens = 48;  // tokens per step of the online softmax; keys stay in L2
+constexpr int kMaxLanes = 16;     // floats of the widest vector
+
+// Rows [row0, row0 + rows) of one sequence and KV head against tokens [token0, token1).
+struct Tile {
+  int32_t seq;
+  int32_t kv_head;
+  int32_t row0;    // packed row, see MlaDecodeParams
+  int32_t rows;    // in [1, kTileRows]
+  int64_t token0;  // inclusive
+  int64_t token1;  // exclusive, at most the sequence's clamped length
+};
+
+// Working memory of one thread, enough for any tile of one call. Row strides are multiples of three
+// of the widest vectors, the width of a register tile.
+struct Scratch {
+  explicit Scratch(const MlaDecodeParams& p);
+
+  int64_t key_stride;    // of q and k, at least max(d_k, value_stride)
+  int64_t value_stride;  // of acc, at least d_v
+  float* q;              // [kTileRows, key_stride]
+  float* k;              // [kBlockTokens, key_stride]
+  float* scores;         // [kTileRows, kBlockTokens]
+  float* acc;            // [kTileRows, value_stride]: sum of exp(score - top) * value
+  float* top;            // [kTileRows]: largest score, -inf where no token is seen
+  float* total;          // [kTileRows]: sum of exp(score - top)
+
+ private:
+  std::unique_ptr<float[]> memory_;
+};
+
+// Length of a sequence, clamped to [0, capacity].
+int64_t ClampedLength(const MlaDecodeParams& p, int32_t seq);
+
+// Attends a tile; leaves its results in the scratch's acc, top and total.
+using AttendFn = void (*)(const MlaDecodeParams&, const Tile&, Scratch&);
+
+namespace baseline {
+void Attend(const MlaDecodeParams& p, const Tile& tile, Scratch& scratch);
+}
+#if defined(__x86_64__)
+namespace avx2 {
+void Attend(const MlaDecodeParams& p, const Tile& tile, Scratch& scratch);
+}
+namespace avx512 {
+void Attend(const MlaDecodeParams& p, const Tile& tile, Scratch& scratch);
+}
+#endif
+
+}  // namespace mla
+
+#endif  // MLA_JAX_CPU_ATTEND_H_

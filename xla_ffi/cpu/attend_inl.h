@@ -1,0 +1,279 @@
+// Copyright 2026 The mla-jax Authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The arithmetic, for vectors of any width. attend.cc includes this file once per instruction set,
+// with MLA_NAMESPACE, MLA_LANES and MLA_TARGET (the function attribute) defined; hence no guard.
+//
+// Plain vector extensions of GCC and Clang: the compiler fuses a * b + c where the target has FMA.
+// Every row goes through the same operations in the same order wherever it lies in a tile.
+
+namespace MLA_NAMESPACE {
+namespace {
+
+constexpr int kLanes = MLA_LANES;
+typedef float Floats __attribute__((vector_size(4 * MLA_LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * MLA_LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * MLA_LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * MLA_LANES)));
+
+#define MLA_INLINE MLA_TARGET inline __attribute__((always_inline))
+
+// Vectors travel by reference: by value their calling convention would depend on the target.
+template <typename V, typename T>
+MLA_INLINE void Load(V& v, const T* from) {
+  typedef V Unaligned __attribute__((aligned(1), may_alias));
+  v = *reinterpret_cast<const Unaligned*>(from);
+}
+
+template <typename V, typename T>
+MLA_INLINE void Store(T* to, const V& v) {
+  typedef V Unaligned __attribute__((aligned(1), may_alias));
+  *reinterpret_cast<Unaligned*>(to) = v;
+}
+
+MLA_INLINE float Sum(const Floats& x) {
+  float lanes[kLanes];
+  Store(lanes, x);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// exp(x) for x <= 0 within 2 ulp; 0 below -87; NaN for NaN.
+MLA_INLINE void Exp(Floats& x) {
+  const Floats kRound = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats shifted = x * 1.44269504f + kRound;
+  const Floats n = shifted - kRound;
+  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two pieces
+  // Taylor up to r^7 / 7!, |r| <= ln 2 / 2: the rest is below 2^-27.
+  Floats y = Floats{} + 1.98412698e-4f;
+  y = y * r + 1.38888889e-3f;
+  y = y * r + 8.33333333e-3f;
+  y = y * r + 4.16666667e-2f;
+  y = y * r + 1.66666667e-1f;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  // 2^n by its exponent bits. A product, not a sum of bits: NaN stays NaN.
+  const Floats power = (Floats)((((Ints)shifted - (Ints)kRound) + 127) << 23);
+  const Floats result = y * power;
+  x = x < -87.0f ? Floats{} : result;
+}
+
+// Conversions of kLanes elements to float32.
+MLA_INLINE void Widen(Floats& out, const float* x) { Load(out, x); }
+
+MLA_INLINE void Widen(Floats& out, const Bf16* x) {
+  Halves bits;
+  Load(bits, x);
+  out = (Floats)(__builtin_convertvector(bits, Words) << 16);
+}
+
+MLA_INLINE void Widen(Floats& out, const F16* x) {
+  Halves bits;
+  Load(bits, x);
+  const Words all = __builtin_convertvector(bits, Words);
+  const Words sign = (all & 0x8000u) << 16;
+  const Words magnitude = (all & 0x7fffu) << 13;
+  const Words normal = magnitude + (112u << 23);  // bias 15 to bias 127
+  const Words special = magnitude + (224u << 23);
+  // m * 2^-24 as (2^-14 + m * 2^-24) - 2^-14: XLA's threads flush denormal operands to zero.
+  const Floats small = (Floats)(magnitude + (113u << 23)) - 6.103515625e-05f;
+  Words result = magnitude >= (31u << 23) ? special : normal;
+  result = magnitude < (1u << 23) ? (Words)small : result;
+  out = (Floats)(result | sign);
+}
+
+// Writes d elements of x as float32.
+template <typename T>
+MLA_TARGET void WidenRow(float* out, const T* x, int64_t d) {
+  Floats v;
+  int64_t i = 0;
+  for (; i + kLanes <= d; i += kLanes) {
+    Widen(v, x + i);
+    Store(out + i, v);
+  }
+  if (i < d) {
+    T rest[kLanes] = {};
+    for (int64_t j = 0; j < d - i; ++j) rest[j] = x[i + j];
+    Widen(v, rest);
+    float widened[kLanes];
+    Store(widened, v);
+    for (int64_t j = 0; j < d - i; ++j) out[i + j] = widened[j];
+  }
+}
+
+// Register tiles of 4 x 3: 12 accumulators, and operands for 12 products from 7 loads. The small
+// loops must be unrolled for the accumulators to be registers; compilers do not do it unasked.
+constexpr int kRowsPerTile = 4;
+constexpr int kTokensPerTile = 3;
+constexpr int kColumnVectors = 3;
+static_assert(kTileRows % kRowsPerTile == 0 && kBlockTokens % kTokensPerTile == 0);
+static_assert(kBlockTokens % kMaxLanes == 0);
+#define MLA_UNROLL _Pragma("GCC unroll 4")
+
+// scores[4, 3] = scale * q[4, d] k[3, d]^T.
+MLA_TARGET void Scores(float* scores, const float* q, const float* k, int64_t stride, float scale) {
+  Floats acc[kRowsPerTile][kTokensPerTile];
+  MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+    MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) acc[r][t] = Floats{};
+  }
+  for (int64_t i = 0; i < stride; i += kLanes) {
+    Floats key[kTokensPerTile];
+    MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) Load(key[t], k + t * stride + i);
+    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+      Floats query;
+      Load(query, q + r * stride + i);
+      MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) acc[r][t] += query * key[t];
+    }
+  }
+  MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+    MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) {
+      scores[r * kBlockTokens + t] = scale * Sum(acc[r][t]);
+    }
+  }
+}
+
+// acc[4, 3 vectors] += weights[4, n] v[n, 3 vectors].
+MLA_TARGET void Values(float* acc, int64_t acc_stride, const float* weights, const float* v,
+                       int64_t v_stride, int64_t n) {
+  Floats sum[kRowsPerTile][kColumnVectors];
+  MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+    MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
+      Load(sum[r][c], acc + r * acc_stride + c * kLanes);
+    }
+  }
+  for (int64_t t = 0; t < n; ++t) {
+    Floats value[kColumnVectors];
+    MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
+      Load(value[c], v + t * v_stride + c * kLanes);
+    }
+    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+      const float weight = weights[r * kBlockTokens + t];
+      MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) sum[r][c] += weight * value[c];
+    }
+  }
+  MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+    MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
+      Store(acc + r * acc_stride + c * kLanes, sum[r][c]);
+    }
+  }
+}
+#undef MLA_UNROLL
+
+// Turns a row of scores, of which the first `seen` count, into weights exp(score - top), and brings
+// the row's top, total and acc up to date.
+MLA_TARGET void Softmax(float* scores, int64_t seen, float* top, float* total, float* acc,
+                        int64_t acc_stride) {
+  Ints lane;
+  Load(lane, kLaneIndex);
+  Floats largest = Floats{} + *top;
+  for (int64_t t = 0; t < seen; t += kLanes) {
+    Floats x;
+    Load(x, scores + t);
+    largest = (lane < (int32_t)(seen - t)) & (x > largest) ? x : largest;  // passes NaN over
+  }
+  float highest = *top;
+  for (int i = 0; i < kLanes; ++i) highest = largest[i] > highest ? largest[i] : highest;
+  const float base = highest == -kInfinity ? 0.0f : highest;  // -inf - -inf would be NaN
+  Floats sum = {};
+  for (int64_t t = 0; t < kBlockTokens; t += kLanes) {
+    Floats x = {};
+    if (t < seen) {
+      Load(x, scores + t);
+      x -= base;
+      Exp(x);
+      x = lane < (int32_t)(seen - t) ? x : Floats{};
+      sum += x;
+    }
+    Store(scores + t, x);
+  }
+  if (*top != highest) {
+    Floats factor = Floats{} + (*top - base);  // <= 0: -inf before the first token
+    Exp(factor);
+    *total *= factor[0];
+    for (int64_t i = 0; i < acc_stride; i += kLanes) {
+      Floats x;
+      Load(x, acc + i);
+      x *= factor;
+      Store(acc + i, x);
+    }
+    *top = highest;
+  }
+  *total += Sum(sum);
+}
+
+template <typename T>
+MLA_TARGET void AttendAs(const MlaDecodeParams& p, const Tile& tile, Scratch& s) {
+  const int64_t group = p.h_q / p.h_kv;
+  const int64_t length = ClampedLength(p, tile.seq);
+  const int32_t rows = (tile.rows + kRowsPerTile - 1) / kRowsPerTile * kRowsPerTile;
+
+  int64_t visible[kTileRows] = {};  // tokens each row sees, from the sequence's first on
+  __builtin_memset(s.q, 0, rows * s.key_stride * sizeof(float));
+  __builtin_memset(s.k, 0, kBlockTokens * s.key_stride * sizeof(float));
+  __builtin_memset(s.acc, 0, rows * s.value_stride * sizeof(float));
+  for (int32_t r = 0; r < rows; ++r) {
+    s.top[r] = -kInfinity;
+    s.total[r] = 0;
+    if (r >= tile.rows) continue;  // sees nothing
+    const int64_t j = (tile.row0 + r) / group;
+    const int64_t head = tile.kv_head * group + (tile.row0 + r) % group;
+    visible[r] = p.causal ? length - p.s_q + j + 1 : length;
+    WidenRow(s.q + r * s.key_stride,
+             static_cast<const T*>(p.q) + ((tile.seq * (int64_t)p.s_q + j) * p.h_q + head) * p.d_k,
+             p.d_k);
+  }
+
+  const int32_t* table = p.block_table + tile.seq * (int64_t)p.max_pages_per_seq;
+  for (int64_t start = tile.token0; start < tile.token1; start += kBlockTokens) {
+    const int64_t n = tile.token1 - start < kBlockTokens ? tile.token1 - start : kBlockTokens;
+    for (int64_t t = 0; t < kBlockTokens; ++t) {
+      float* key = s.k + t * s.key_stride;
+      const int64_t page = t < n ? table[(start + t) / p.page_size] : -1;
+      if (page < 0 || page >= p.num_pages) {
+        __builtin_memset(key, 0, p.d_k * sizeof(float));
+        continue;
+      }
+      const int64_t slot = page * p.page_size + (start + t) % p.page_size;
+      WidenRow(key, static_cast<const T*>(p.k_cache) + (slot * p.h_kv + tile.kv_head) * p.d_k,
+               p.d_k);
+    }
+    // Keys outside, rows inside: three keys stay in L1 while all queries pass.
+    for (int64_t t = 0; t < n; t += kTokensPerTile) {
+      for (int32_t r = 0; r < rows; r += kRowsPerTile) {
+        Scores(s.scores + r * kBlockTokens + t, s.q + r * s.key_stride, s.k + t * s.key_stride,
+               s.key_stride, p.softmax_scale);
+      }
+    }
+    for (int32_t r = 0; r < rows; ++r) {
+      const int64_t left = visible[r] - start;
+      const int64_t seen = left < 0 ? 0 : left < n ? left : n;
+      Softmax(s.scores + r * kBlockTokens, seen, s.top + r, s.total + r, s.acc + r * s.value_stride,
+              s.value_stride);
+    }
+    for (int64_t c = 0; c < s.value_stride; c += kColumnVectors * kLanes) {
+      for (int32_t r = 0; r < rows; r += kRowsPerTile) {
+        Values(s.acc + r * s.value_stride + c, s.value_stride, s.scores + r * kBlockTokens, s.k + c,
+               s.key_stride, n);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void Attend(const MlaDecodeParams& p, const Tile& tile, Scratch& scratch) {
+  switch (p.dtype) {
+    case MLA_BF16:
+      return AttendAs<Bf16>(p, tile, scratch);
+    case MLA_F16:
+      return AttendAs<F16>(p, tile, scratch);
+    case MLA_F32:
+      return AttendAs<float>(p, tile, scratch);
+  }
+}
+
+#undef MLA_INLINE
+}  // namespace MLA_NAMESPACE

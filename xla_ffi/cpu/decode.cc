@@ -1,0 +1,271 @@
+// Copyright 2026 The mla-jax Authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The decode op on a CPU: cuts it into tiles, shares them among threads, combines the parts.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "cpu/attend.h"
+#include "mla.h"
+
+namespace mla {
+namespace {
+
+// A sequence is cut every so many tokens, whatever the batch and the number of threads: that keeps
+// a row's bits its own. Large enough that combining (2 KB a row) costs nothing beside the keys.
+constexpr int64_t kPartTokens = 960;
+static_assert(kPartTokens % kBlockTokens == 0);
+
+struct Isa {
+  const char* name;
+  AttendFn attend;
+};
+
+// The widest instruction set of this processor that MLA_JAX_CPU_ISA allows.
+Isa ChooseIsa() {
+  const char* cap = std::getenv("MLA_JAX_CPU_ISA");
+  const auto allowed = [cap](std::initializer_list<const char*> caps) {
+    return cap == nullptr || *cap == '\0' ||
+           std::any_of(caps.begin(), caps.end(),
+                       [cap](const char* name) { return std::strcmp(cap, name) == 0; });
+  };
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (allowed({"avx512"}) && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return {"avx512", avx512::Attend};
+  }
+  if (allowed({"avx2", "avx512"}) && __builtin_cpu_supports("avx2") &&
+      __builtin_cpu_supports("fma")) {
+    return {"avx2", avx2::Attend};
+  }
+#endif
+  (void)allowed;
+  return {"baseline", baseline::Attend};
+}
+
+// Chosen once per process.
+const Isa& ChosenIsa() {
+  static const Isa isa = ChooseIsa();
+  return isa;
+}
+
+// Items [0, count) that threads claim one by one. Helpers hold it by shared pointers: one that
+// starts after the caller has returned finds nothing left to claim and touches nothing else.
+class Work {
+ public:
+  using Body = std::function<void(int64_t item, Scratch& scratch)>;
+
+  Work(const MlaDecodeParams& params, int64_t count, Body body)
+      : params_(params), count_(count), body_(std::move(body)) {}
+
+  // Runs all items with the caller's thread and `threads`; returns whether memory sufficed.
+  static bool Run(const MlaDecodeParams& params, const MlaThreads& threads, int64_t count,
+                  Body body) {
+    auto work = std::make_shared<Work>(params, count, std::move(body));
+    const int64_t helpers = std::min<int64_t>(threads.count, count - 1);
+    for (int64_t i = 0; i < helpers; ++i) {
+      auto* data = new (std::nothrow) std::shared_ptr<Work>(work);
+      if (data == nullptr) break;  // throwing would free what the helpers of before still use
+      threads.schedule(
+          threads.pool,
+          [](void* data) {
+            std::unique_ptr<std::shared_ptr<Work>> work(static_cast<std::shared_ptr<Work>*>(data));
+            (*work)->Claim();
+          },
+          data);
+    }
+    work->Claim();
+    // Whatever is left was claimed by threads that run: waiting for them cannot deadlock.
+    std::unique_lock<std::mutex> lock(work->mutex_);
+    work->all_done_.wait(lock, [&] { return work->done_ == work->count_; });
+    return !work->failed_;
+  }
+
+ private:
+  void Claim() {
+    std::unique_ptr<Scratch> scratch;
+    int64_t claimed = 0;
+    for (int64_t item; (item = next_.fetch_add(1)) < count_; ++claimed) {
+      if (failed_) continue;
+      try {
+        if (scratch == nullptr) scratch = std::make_unique<Scratch>(params_);
+        body_(item, *scratch);
+      } catch (const std::bad_alloc&) {
+        failed_ = true;
+      }
+    }
+    if (claimed == 0) return;
+    std::lock_guard<std::mutex> lock(mutex_);
+    done_ += claimed;
+    if (done_ == count_) all_done_.notify_all();
+  }
+
+  const MlaDecodeParams params_;
+  const int64_t count_;
+  const Body body_;
+  std::atomic<int64_t> next_{0};
+  std::atomic<bool> failed_{false};
+  std::mutex mutex_;
+  std::condition_variable all_done_;
+  int64_t done_ = 0;  // guarded by mutex_
+};
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+uint16_t ToBf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+uint16_t ToF16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to infinity
+  if (magnitude >= 0x38800000) {
+    const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
+    return static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13));
+  }
+  // Below 2^-14 a step is 2^-24, as in the float32 numbers of [0.5, 1): adding rounds.
+  float small;
+  std::memcpy(&small, &magnitude, 4);
+  small += 0.5f;
+  uint32_t shifted;
+  std::memcpy(&shifted, &small, 4);
+  return static_cast<uint16_t>(sign | (shifted - 0x3f000000));
+}
+
+// Where the parts of a tile's rows leave acc, top and total until they are combined.
+struct Partial {
+  std::vector<float> acc, top, total;  // [rows, d_v], [rows], [rows]
+};
+
+// Writes out and lse of row `r` of a tile.
+void WriteRow(const MlaDecodeParams& p, const Tile& tile, int32_t r, const float* acc, float top,
+              float total) {
+  const int64_t group = p.h_q / p.h_kv;
+  const int64_t j = (tile.row0 + r) / group;
+  const int64_t head = tile.kv_head * group + (tile.row0 + r) % group;
+  const int64_t at = ((int64_t{tile.seq} * p.s_q + j) * p.h_q + head) * p.d_v;
+  const bool seen = total != 0;  // true of NaN
+  const float factor = seen ? 1 / total : 0;
+  for (int64_t i = 0; i < p.d_v; ++i) {
+    const float x = seen ? acc[i] * factor : 0;
+    if (p.dtype == MLA_F32) {
+      static_cast<float*>(p.out)[at + i] = x;
+    } else {
+      static_cast<uint16_t*>(p.out)[at + i] = p.dtype == MLA_BF16 ? ToBf16(x) : ToF16(x);
+    }
+  }
+  p.lse[(int64_t{tile.seq} * p.h_q + head) * p.s_q + j] =
+      seen ? top + std::log(total) : std::numeric_limits<float>::infinity();
+}
+
+// Combines the parts of row `r` in their order, which is always the same.
+void CombineRow(const MlaDecodeParams& p, const Tile& tile, int32_t r, const Partial* parts,
+                int64_t num_parts, float* acc) {
+  float top = -std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < num_parts; ++i) top = std::max(top, parts[i].top[r]);
+  const float base = std::isinf(top) && top < 0 ? 0 : top;
+  float total = 0;
+  std::fill_n(acc, p.d_v, 0.0f);
+  for (int64_t i = 0; i < num_parts; ++i) {
+    const float factor = std::exp(parts[i].top[r] - base);
+    total += factor * parts[i].total[r];
+    const float* from = parts[i].acc.data() + int64_t{r} * p.d_v;
+    for (int64_t c = 0; c < p.d_v; ++c) acc[c] += factor * from[c];
+  }
+  WriteRow(p, tile, r, acc, top, total);
+}
+
+// Rows that are written together: their tile, whole, and the parts that its tokens are cut into.
+struct Job {
+  Tile tile;
+  int64_t num_parts;  // at least 1
+  int64_t first;      // its first item, and the place of its first part among the partials
+};
+
+bool Decode(const MlaDecodeParams& p, const MlaThreads& threads) {
+  const int32_t num_rows = p.s_q * (p.h_q / p.h_kv);
+  std::vector<Job> jobs;
+  std::vector<int64_t> job_of_item;
+  for (int32_t seq = 0; seq < p.b; ++seq) {
+    const int64_t length = ClampedLength(p, seq);
+    const int64_t num_parts = std::max<int64_t>(1, (length + kPartTokens - 1) / kPartTokens);
+    for (int32_t kv_head = 0; kv_head < p.h_kv; ++kv_head) {
+      for (int32_t row0 = 0; row0 < num_rows; row0 += kTileRows) {
+        const int32_t rows = std::min(kTileRows, num_rows - row0);
+        jobs.push_back({{seq, kv_head, row0, rows, 0, length},
+                        num_parts,
+                        static_cast<int64_t>(job_of_item.size())});
+        job_of_item.insert(job_of_item.end(), num_parts, static_cast<int64_t>(jobs.size()) - 1);
+      }
+    }
+  }
+  const int64_t num_items = static_cast<int64_t>(job_of_item.size());
+  std::vector<Partial> partials(num_items);
+
+  bool enough = Work::Run(p, threads, num_items, [&](int64_t item, Scratch& s) {
+    const Job& job = jobs[job_of_item[item]];
+    Tile tile = job.tile;
+    tile.token0 = (item - job.first) * kPartTokens;
+    tile.token1 = std::min(tile.token0 + kPartTokens, job.tile.token1);
+    ChosenIsa().attend(p, tile, s);
+    if (job.num_parts == 1) {
+      for (int32_t r = 0; r < tile.rows; ++r) {
+        WriteRow(p, tile, r, s.acc + r * s.value_stride, s.top[r], s.total[r]);
+      }
+      return;
+    }
+    Partial& partial = partials[item];
+    partial.acc.reserve(int64_t{tile.rows} * p.d_v);
+    for (int32_t r = 0; r < tile.rows; ++r) {
+      const float* row = s.acc + r * s.value_stride;
+      partial.acc.insert(partial.acc.end(), row, row + p.d_v);
+    }
+    partial.top.assign(s.top, s.top + tile.rows);
+    partial.total.assign(s.total, s.total + tile.rows);
+  });
+
+  jobs.erase(
+      std::remove_if(jobs.begin(), jobs.end(), [](const Job& j) { return j.num_parts == 1; }),
+      jobs.end());
+  if (!enough || jobs.empty()) return enough;
+  return Work::Run(p, threads, jobs.size(), [&](int64_t item, Scratch& s) {
+    const Job& job = jobs[item];
+    for (int32_t r = 0; r < job.tile.rows; ++r) {
+      CombineRow(p, job.tile, r, &partials[job.first], job.num_parts, s.acc);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace mla
+
+extern "C" int mla_cpu_decode(const MlaDecodeParams* params, const MlaThreads* threads) {
+  try {
+    if (params->b == 0) return 0;
+    return mla::Decode(*params, *threads) ? 0 : 1;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+extern "C" const char* mla_cpu_isa() { return mla::ChosenIsa().name; }

@@ -1,0 +1,216 @@
+// Copyright 2026 The mla-jax Authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// What XLA calls: operands and attributes are checked here, then handed on as plain structs. Python
+// has checked them for people; here it is for memory safety, whoever writes the custom call.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <sstream>
+#include <string>
+
+#include "mla.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace mla {
+namespace {
+
+namespace ffi = xla::ffi;
+
+const char* NameOf(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::DataType::BF16:
+      return "bfloat16";
+    case ffi::DataType::F16:
+      return "float16";
+    case ffi::DataType::F32:
+      return "float32";
+    case ffi::DataType::F64:
+      return "float64";
+    case ffi::DataType::S32:
+      return "int32";
+    case ffi::DataType::S64:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
+// For example bfloat16[2, 1, 16, 576].
+std::string Describe(const ffi::AnyBuffer& x) {
+  std::ostringstream text;
+  text << NameOf(x.element_type()) << "[";
+  const char* separator = "";
+  for (int64_t n : x.dimensions()) {
+    text << separator << n;
+    separator = ", ";
+  }
+  text << "]";
+  return text.str();
+}
+
+ffi::Error Invalid(const std::string& operand, const std::string& got,
+                   const std::string& expected) {
+  return ffi::Error::InvalidArgument("mla_jax_decode: " + operand + ": got " + got + ", expected " +
+                                     expected);
+}
+
+bool HasShape(const ffi::AnyBuffer& x, std::initializer_list<int64_t> shape) {
+  const auto dims = x.dimensions();
+  return std::equal(dims.begin(), dims.end(), shape.begin(), shape.end());
+}
+
+// An axis of an operand whose size the others follow.
+struct Size {
+  const char* operand;
+  const char* axis;
+  int64_t value;
+  int64_t least;
+};
+
+// Checks all of a call but the limits of one platform's kernel, and fills `p` with it.
+ffi::Error Check(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k_cache,
+                 const ffi::AnyBuffer& block_table, const ffi::AnyBuffer& cache_seqlens,
+                 const ffi::AnyBuffer& out, const ffi::AnyBuffer& lse, float softmax_scale,
+                 bool causal, MlaDecodeParams& p) {
+  switch (q.element_type()) {
+    case ffi::DataType::BF16:
+      p.dtype = MLA_BF16;
+      break;
+    case ffi::DataType::F16:
+      p.dtype = MLA_F16;
+      break;
+    case ffi::DataType::F32:
+      p.dtype = MLA_F32;
+      break;
+    default:
+      return Invalid("q", Describe(q), "bfloat16, float16 or float32");
+  }
+  const std::string q_dtype = NameOf(q.element_type());
+  if (q.dimensions().size() != 4) {
+    return Invalid("q", Describe(q), "4 axes [b, s_q, h_q, d_k]");
+  }
+  if (k_cache.element_type() != q.element_type()) {
+    return Invalid("k_cache", Describe(k_cache), "q's dtype " + q_dtype);
+  }
+  if (k_cache.dimensions().size() != 4) {
+    return Invalid("k_cache", Describe(k_cache), "4 axes [num_pages, page_size, h_kv, d_k]");
+  }
+  if (block_table.element_type() != ffi::DataType::S32 || block_table.dimensions().size() != 2) {
+    return Invalid("block_table", Describe(block_table), "int32[b, max_pages_per_seq]");
+  }
+  if (out.dimensions().size() != 4) {
+    return Invalid("out", Describe(out), "4 axes [b, s_q, h_q, head_dim_v]");
+  }
+  const int64_t b = q.dimensions()[0], s_q = q.dimensions()[1], h_q = q.dimensions()[2];
+  const int64_t d_k = q.dimensions()[3], h_kv = k_cache.dimensions()[2];
+  const int64_t d_v = out.dimensions()[3];
+  const int64_t num_pages = k_cache.dimensions()[0], page_size = k_cache.dimensions()[1];
+  const int64_t max_pages = block_table.dimensions()[1];
+  for (const Size& size :
+       {Size{"q", "b", b, 0}, Size{"q", "s_q", s_q, 1}, Size{"q", "h_q", h_q, 1},
+        Size{"q", "d_k", d_k, 1}, Size{"k_cache", "num_pages", num_pages, 1},
+        Size{"k_cache", "page_size", page_size, 1}, Size{"k_cache", "h_kv", h_kv, 1},
+        Size{"block_table", "max_pages_per_seq", max_pages, 1},
+        Size{"out", "head_dim_v", d_v, 1}}) {
+    if (size.value < size.least || size.value > std::numeric_limits<int32_t>::max()) {
+      return Invalid(size.operand, std::string(size.axis) + " " + std::to_string(size.value),
+                     "at least " + std::to_string(size.least) + " and less than 2^31");
+    }
+  }
+  if (s_q * h_q > std::numeric_limits<int32_t>::max()) {
+    return Invalid("q", Describe(q), "less than 2^31 rows s_q * h_q");
+  }
+  if (k_cache.dimensions()[3] != d_k) {
+    return Invalid("k_cache", "d_k " + std::to_string(k_cache.dimensions()[3]),
+                   "q's d_k " + std::to_string(d_k));
+  }
+  if (h_q % h_kv != 0) {
+    return Invalid("q", std::to_string(h_q) + " heads",
+                   "a multiple of k_cache's " + std::to_string(h_kv) + " heads");
+  }
+  if (block_table.dimensions()[0] != b) {
+    return Invalid("block_table", Describe(block_table),
+                   "int32[b=" + std::to_string(b) + ", max_pages_per_seq]");
+  }
+  if (cache_seqlens.element_type() != ffi::DataType::S32 || !HasShape(cache_seqlens, {b})) {
+    return Invalid("cache_seqlens", Describe(cache_seqlens), "int32[b=" + std::to_string(b) + "]");
+  }
+  if (d_v > d_k) {
+    return Invalid("out", "head_dim_v " + std::to_string(d_v),
+                   "at most d_k " + std::to_string(d_k));
+  }
+  if (out.element_type() != q.element_type() || !HasShape(out, {b, s_q, h_q, d_v})) {
+    return Invalid("out", Describe(out), q_dtype + "[b, s_q, h_q, head_dim_v] as q has them");
+  }
+  if (lse.element_type() != ffi::DataType::F32 || !HasShape(lse, {b, h_q, s_q})) {
+    return Invalid("lse", Describe(lse), "float32[b, h_q, s_q] as q has them");
+  }
+  if (!(softmax_scale > 0) || !std::isfinite(softmax_scale)) {
+    return Invalid("softmax_scale", std::to_string(softmax_scale), "a positive finite number");
+  }
+
+  p.q = q.untyped_data();
+  p.k_cache = k_cache.untyped_data();
+  p.block_table = static_cast<const int32_t*>(block_table.untyped_data());
+  p.cache_seqlens = static_cast<const int32_t*>(cache_seqlens.untyped_data());
+  p.out = out.untyped_data();
+  p.lse = static_cast<float*>(lse.untyped_data());
+  p.b = static_cast<int32_t>(b);
+  p.s_q = static_cast<int32_t>(s_q);
+  p.h_q = static_cast<int32_t>(h_q);
+  p.h_kv = static_cast<int32_t>(h_kv);
+  p.d_k = static_cast<int32_t>(d_k);
+  p.d_v = static_cast<int32_t>(d_v);
+  p.num_pages = static_cast<int32_t>(num_pages);
+  p.page_size = static_cast<int32_t>(page_size);
+  p.max_pages_per_seq = static_cast<int32_t>(max_pages);
+  p.softmax_scale = softmax_scale;
+  p.causal = causal;
+  return ffi::Error::Success();
+}
+
+void Schedule(void* pool, void (*task)(void* data), void* data) {
+  static_cast<ffi::ThreadPool*>(pool)->Schedule([task, data] { task(data); });
+}
+
+ffi::Error DecodeCpu(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_cache,
+                     ffi::AnyBuffer block_table, ffi::AnyBuffer cache_seqlens,
+                     ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
+                     float softmax_scale, bool causal) {
+  MlaDecodeParams params = {};
+  ffi::Error error =
+      Check(q, k_cache, block_table, cache_seqlens, *out, *lse, softmax_scale, causal, params);
+  if (error.failure()) return error;
+  const MlaThreads threads = {&pool, static_cast<int32_t>(pool.num_threads()), Schedule};
+  if (mla_cpu_decode(&params, &threads) != 0) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
+                      "mla_jax_decode: no memory for the working arrays of the threads");
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_jax_decode_cpu, DecodeCpu,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()  // q
+                                  .Arg<ffi::AnyBuffer>()  // k_cache
+                                  .Arg<ffi::AnyBuffer>()  // block_table
+                                  .Arg<ffi::AnyBuffer>()  // cache_seqlens
+                                  .Ret<ffi::AnyBuffer>()  // out
+                                  .Ret<ffi::AnyBuffer>()  // lse
+                                  .Attr<float>("softmax_scale")
+                                  .Attr<bool>("causal"));
+
+}  // namespace mla
+
+// The version of the FFI that this library was built for: it runs under that one and newer ones.
+extern "C" int mla_jax_ffi_major() { return XLA_FFI_API_MAJOR; }
+extern "C" int mla_jax_ffi_minor() { return XLA_FFI_API_MINOR; }
+
+extern "C" const char* mla_jax_cpu_isa() { return mla_cpu_isa(); }
