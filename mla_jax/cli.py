@@ -21,14 +21,14 @@ from tokenizers import Tokenizer
 
 import mla_jax
 from mla_jax.cache import PagedKVCache
-from mla_jax.config import DeepseekConfig
+from mla_jax.checkpoint import read_json
+from mla_jax.config import DTYPES, DeepseekConfig
 from mla_jax.decode import Explanation, explain
 from mla_jax.deepseek import DeepseekForCausalLM
 from mla_jax.generate import stream
 
 TINY = Path(__file__).parent / "tiny"  # the model that ships in the package
 _DEFAULT_PROMPT = "ROMEO.\n"
-_DTYPES = ("bfloat16", "float16", "float32")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--implementation", help="of the attention op; default: the first that can run here")
     add(
         "--dtype",
-        choices=_DTYPES,
+        choices=DTYPES,
         help="of parameters and computation; default: the checkpoint's, but float32 on a CPU",
     )
 
@@ -125,11 +125,12 @@ def _generate(args: argparse.Namespace) -> None:
     else:
         prompts = args.prompt or [_DEFAULT_PROMPT]
     tokenizer = _load_tokenizer(folder)
+    bos_id = _bos_id(tokenizer, folder)
+    ids = [_encode(tokenizer, bos_id, prompt) for prompt in prompts]
     start = time.perf_counter()
     model = _load_model(folder, args.dtype)
     loaded = time.perf_counter()
 
-    ids = [_encode(tokenizer, folder, prompt) for prompt in prompts]
     live = not args.json and len(prompts) == 1
     if live:
         print(prompts[0], end="", flush=True)
@@ -174,7 +175,7 @@ def _generate(args: argparse.Namespace) -> None:
         first_token_seconds=round(times[0][0] - loaded, 3),
         tokens_per_second=None if rate is None else round(rate, 1),
         implementation=_explain(
-            config, len(prompts), args.page_size, model.dtype, args
+            config, len(prompts), args.page_size, model.dtype, args.implementation
         ).implementation,
         device=jax.devices()[0].device_kind,
         cache_bytes_per_token=PagedKVCache.bytes_per_token(
@@ -226,23 +227,28 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
         raise ValueError(f"{path}: not a tokenizer: {error}") from None
 
 
-def _encode(tokenizer: Tokenizer, folder: Path, text: str) -> list[int]:
-    """Encodes a prompt; adds the token of the beginning where tokenizer_config.json asks for it."""
+def _bos_id(tokenizer: Tokenizer, folder: Path) -> int | None:
+    """Finds the token that tokenizer_config.json asks to put before a text, if it does."""
+    name = "tokenizer_config.json"
+    settings = read_json(folder, name) if (folder / name).is_file() else {}
+    if not settings.get("add_bos_token"):
+        return None
+    bos = settings.get("bos_token")
+    return tokenizer.token_to_id(bos["content"] if isinstance(bos, dict) else str(bos))
+
+
+def _encode(tokenizer: Tokenizer, bos_id: int | None, text: str) -> list[int]:
+    """Encodes a prompt, after the token of the beginning where there is one."""
     ids = tokenizer.encode(text).ids
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if settings.get("add_bos_token"):
-        bos = settings.get("bos_token")
-        bos_id = tokenizer.token_to_id(bos["content"] if isinstance(bos, dict) else str(bos))
-        if bos_id is not None and ids[:1] != [bos_id]:
-            ids = [bos_id, *ids]
+    if bos_id is not None and ids[:1] != [bos_id]:
+        ids = [bos_id, *ids]
     if not ids:
         raise ValueError("--prompt: got an empty text, expected at least one token")
     return ids
 
 
 def _explain(
-    config: DeepseekConfig, b: int, page_size: int, dtype: jnp.dtype, args: argparse.Namespace
+    config: DeepseekConfig, b: int, page_size: int, dtype: jnp.dtype, implementation: str | None
 ) -> Explanation:
     """Says what runs a decode step of one token for each of `b` sequences."""
     shape = jax.ShapeDtypeStruct
@@ -253,13 +259,13 @@ def _explain(
         shape((b,), jnp.int32),
         config.kv_lora_rank,
         causal=True,
-        implementation=getattr(args, "implementation", None),
+        implementation=implementation,
     )
 
 
 def _info(args: argparse.Namespace) -> None:
     config = DeepseekForCausalLM.read_config(TINY)
-    choice = _explain(config, 1, 64, jnp.dtype(jnp.bfloat16), args)
+    choice = _explain(config, 1, 64, jnp.dtype(jnp.bfloat16), None)
     versions = {"mla-jax": mla_jax.__version__, "python": platform.python_version()}
     for name in ("jax", "jaxlib", "flax", "numpy"):
         versions[name] = importlib.metadata.version(name)

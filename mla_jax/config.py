@@ -10,7 +10,7 @@ from mla_jax.rope import RopeConfig, YarnScaling
 
 # Kimi-K2 is DeepSeek-V3 under its own name.
 _V3_TYPES = ("deepseek_v3", "kimi_k2")
-_DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
 _MODEL_TYPES = ("deepseek_v2", *_V3_TYPES)
 
 
@@ -66,8 +66,8 @@ class DeepseekConfig:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected a positive int")
         _check_model_type(self.model_type)
-        if self.torch_dtype not in _DTYPES:
-            raise ValueError(f"torch_dtype: got {self.torch_dtype!r}, expected one of {_DTYPES}")
+        if self.torch_dtype not in DTYPES:
+            raise ValueError(f"torch_dtype: got {self.torch_dtype!r}, expected one of {DTYPES}")
         if not self.n_routed_experts:
             return
         if self.n_routed_experts % self.n_group:

@@ -212,8 +212,9 @@ class DeepseekForCausalLM(nnx.Module):
         """
         x = self.model.embed_tokens(tokens)
         t = tokens.shape[1]
-        # Lengths are the same in all layers: one schedule serves them.
-        schedule = get_mla_metadata(cache.seqlens, t * self.config.num_attention_heads, 1)
+        schedule = None
+        if not prefill:  # lengths are the same in all layers: one schedule serves them
+            schedule = get_mla_metadata(cache.seqlens, t * self.config.num_attention_heads, 1)
 
         for index, layer in enumerate(self.model.layers):
 

@@ -241,11 +241,14 @@ def stream(
 
     Yields:
         For each prompt, the tokens that are new since the last yield; empty once it has ended.
+        With no prompts nothing is yielded.
 
     Raises:
         ValueError: an argument is wrong.
         PagePoolFullError: `num_pages` did not suffice.
     """
+    if len(prompts) == 0:
+        return
     _check_positive(max_new_tokens=max_new_tokens, every=every)
     _check_positive(page_size=page_size, prefill_chunk=prefill_chunk)
     lengths = _check_prompts(model, prompts, max_new_tokens)
@@ -259,22 +262,22 @@ def stream(
     chunk = min(prefill_chunk, 1 << (max(lengths) - 1).bit_length())
     t = _round_up(max(lengths), chunk)
     n = _round_up(max_new_tokens, _NEW_TOKENS_STEP)
-    tokens = np.zeros((len(prompts), t), np.int32)
+    b, pages_each = len(prompts), -(-(t + n) // page_size)
+    tokens = np.zeros((b, t), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, t - len(prompt) :] = prompt
     if num_pages is None:
         # Every prompt at its padded length, so that the shapes tell nothing of the lengths.
-        num_pages = len(prompts) * -(-(t + n) // page_size)
+        num_pages = b * pages_each
     cache = PagedKVCache.create(
         num_layers=model.config.num_hidden_layers,
         num_pages=num_pages,
-        max_seqs=len(prompts),
-        max_pages_per_seq=-(-(t + n) // page_size),
+        max_seqs=b,
+        max_pages_per_seq=pages_each,
         page_size=page_size,
         d_k=model.config.d_cache,
         dtype=model.dtype,
     )
-    b = len(prompts)
     state = _State(
         cache=cache,
         tokens=jnp.zeros((b, n), jnp.int32),
@@ -353,8 +356,6 @@ def generate(
         ValueError: an argument is wrong.
         PagePoolFullError: `num_pages` did not suffice.
     """
-    if not prompts:
-        return []
     parts = list(
         stream(
             model,

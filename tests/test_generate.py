@@ -59,6 +59,7 @@ def test_greedy_equals_the_uncached_model(model):
 
 def test_no_prompts_no_tokens(model):
     assert generate(model, [], max_new_tokens=4) == []
+    assert list(stream(model, [], max_new_tokens=4)) == []
 
 
 def test_eos_ends_a_prompt_and_stays_in_its_tokens(model):
