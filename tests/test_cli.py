@@ -16,7 +16,8 @@ from mla_jax import ffi
 from mla_jax.cli import TINY, main
 
 # The first that can run here, and why those before it cannot.
-NOT = {} if ffi.unsupported_reason() is None else {"ffi": ffi.unsupported_reason()}
+_REASON = ffi._library_reason("cpu")
+NOT = {} if _REASON is None else {"ffi": _REASON}
 IMPLEMENTATION = "xla" if NOT else "ffi"
 
 
