@@ -56,6 +56,7 @@ def test_embedded_model_is_small():
 
 def test_text_output_is_the_prompt_its_continuation_and_a_summary(folder, capsys):
     options = ["generate", "--model", str(folder), "--max-new-tokens", "12", "--temperature", "0"]
+    options += ["--dtype", "float32"]  # the nearest two tokens may change places in bfloat16
     assert main([*options, "--prompt", "To be", "--json"]) == 0
     text = json.loads(capsys.readouterr().out)["texts"][0]
     assert main([*options, "--prompt", "To be"]) == 0

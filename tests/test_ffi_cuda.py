@@ -103,7 +103,8 @@ def test_none_lowers_for_a_gpu_what_the_kernel_does_not_take(name):
         "batch_invariant": (inputs(), {"batch_invariant": True}),
     }[name]
     assert "custom_call" not in lower(functools.partial(run, implementation=None, **options), *arrays)
-    with pytest.raises(NotImplementedError, match="platform cuda"):
+    # Asked for by name it is not replaced: refused at once where a GPU is the default device.
+    with pytest.raises(NotImplementedError, match="platform cuda|^ffi: .*the CUDA kernel"):
         lower(functools.partial(run, **options), *arrays)
 
 
@@ -256,30 +257,24 @@ def test_only_our_symbols_are_visible():
 def test_replays_of_one_loop(s_q, h_q):
     """200 executions of one jitted loop; lengths cross borders of pages and go to and from 0."""
     p = problem([700, 130, 64, 400], s_q=s_q, h_q=h_q, page_size=32, poison=0)
-    arrays = p.arrays()
+    q, k_cache, *_ = p.arrays()
 
     @jax.jit
-    def loop(q, k_cache, table, lengths):
-        def step(carry, n):
-            out, lse = run(q, k_cache, table, n, causal=True)
-            return carry + 1, (out, lse)
-
-        return jax.lax.scan(step, 0, lengths)[1]
+    def loop(table, lengths):
+        step = lambda carry, n: (carry, run(q, k_cache, table, n, causal=True))  # noqa: E731
+        return jax.lax.scan(step, None, lengths)[1]
 
     rng = np.random.default_rng(0)
-    for replay in range(200):
-        lengths = np.array([640, 126, 61, 397]) + np.arange(6)[:, None]
-        lengths = np.where(rng.random((6, 4)) < 0.3, 0, lengths).astype(np.int32)
-        table = np.array(p.block_table)
-        table[:, :2] = rng.integers(0, len(p.k_cache), (4, 2))
-        out, lse = loop(arrays[0], arrays[1], jnp.asarray(table), jnp.asarray(lengths))
-        if replay % 20 == 0:
-            checked = range(6)
-        else:  # the oracle is slow: one step of each replay
-            checked = [replay % 6]
-        for t in checked:
-            call = Problem(p.q, p.k_cache, table, lengths[t])
-            assert_close((out[t], lse[t]), attend(call, causal=True))
+    base = np.array([637, 126, 61, 397], np.int32) + np.arange(6, dtype=np.int32)[:, None]
+    lengths = np.where(rng.random((200, 6, 4)) < 0.3, 0, base).astype(np.int32)
+    tables = np.repeat(p.block_table[None], 200, axis=0)
+    tables[:, :, :2] = rng.integers(0, len(p.k_cache), (200, 4, 2))
+    # The oracle is slow: one step of each execution. All are under way before the first is read.
+    take = jax.jit(lambda results, t: jax.tree.map(lambda x: x[t], results))
+    results = [take(loop(tables[i], lengths[i]), i % 6) for i in range(200)]
+    for i, result in enumerate(results):
+        call = Problem(p.q, p.k_cache, tables[i], lengths[i, i % 6])
+        assert_close(result, attend(call, causal=True))
 
 
 @gpu
