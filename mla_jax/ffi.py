@@ -1,6 +1,6 @@
 # Copyright 2026 The mla-jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Implementation "ffi": our compiled libraries, called by XLA through its foreign function interface.
+"""Implementation "ffi": our compiled libraries, called through XLA's foreign function interface.
 
 On an NVIDIA Hopper GPU it is the CUDA kernel (xla_ffi/cuda), on a CPU the op in C++ (xla_ffi/cpu):
 one target name, and XLA takes the one of the platform that it lowers for. Each library is optional:
@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,8 @@ def decode(
         NotImplementedError: it is differentiated, or lowered for a platform that cannot run it.
     """
     options = {"head_dim_v": head_dim_v, "softmax_scale": softmax_scale, "causal": causal}
-    inputs = {"q": q, "k_cache": k_cache, "block_table": block_table} | options
-    calls = {"cpu": _call_cpu, "cuda": _call_cuda}
+    inputs: dict[str, Any] = {"q": q, "k_cache": k_cache, "block_table": block_table} | options
+    calls: dict[str, Callable[..., Any]] = {"cpu": _call_cpu, "cuda": _call_cuda}
     branches = {
         platform: functools.partial(call, **options)
         for platform, call in calls.items()

@@ -102,7 +102,9 @@ def test_none_lowers_for_a_gpu_what_the_kernel_does_not_take(name):
         "page_size 8": (inputs(page_size=8), {}),
         "batch_invariant": (inputs(), {"batch_invariant": True}),
     }[name]
-    assert "custom_call" not in lower(functools.partial(run, implementation=None, **options), *arrays)
+    assert "custom_call" not in lower(
+        functools.partial(run, implementation=None, **options), *arrays
+    )
     # Asked for by name it is not replaced: refused at once where a GPU is the default device.
     with pytest.raises(NotImplementedError, match="platform cuda|^ffi: .*the CUDA kernel"):
         lower(functools.partial(run, **options), *arrays)
@@ -225,7 +227,9 @@ def test_handler_refuses(checks, change, message):
         results = tuple(call.pop(name) for name in ("out", "lse", "workspace"))
         attributes = {name: call.pop(name) for name in ("softmax_scale", "causal")}
         arrays = [jnp.zeros(x.shape, x.dtype) for x in call.values()]
-        jax.block_until_ready(jax.ffi.ffi_call("mla_jax_check_cuda", results)(*arrays, **attributes))
+        jax.block_until_ready(
+            jax.ffi.ffi_call("mla_jax_check_cuda", results)(*arrays, **attributes)
+        )
 
     call(**right)
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"mla_jax_decode: {message}"):
@@ -289,7 +293,7 @@ def test_replays_of_one_loop(s_q, h_q):
     ids=["off", "calls", "loops"],
 )
 def test_command_buffers(flags):
-    """The loops of this file in a process whose XLA records single calls, whole loops, or nothing."""
+    """The loops of this file where XLA records single calls, whole loops, or nothing."""
     environment = dict(os.environ, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {flags}")
     done = subprocess.run(
         [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120
@@ -311,7 +315,7 @@ def test_while_loop_of_10_000_steps():
             out, lse = run(q, k_cache, table, lengths)
             return i + 1, total + out.astype(jnp.float32), lse
 
-        start = (jnp.int32(0), jnp.zeros(q.shape[:3] + (512,)), jnp.zeros((2, 16, 1)))
+        start = (jnp.int32(0), jnp.zeros((*q.shape[:3], 512)), jnp.zeros((2, 16, 1)))
         return jax.lax.while_loop(lambda state: state[0] < steps, step, start)
 
     _, total, lse = loop(10_000)
@@ -321,7 +325,9 @@ def test_while_loop_of_10_000_steps():
     assert_same_bits((total, lse), again[1:])
     # In float32 the same sum, by the implementation that is the definition.
     some = sum(
-        np.asarray(run(q, k_cache, table, jnp.array([i % 1281, (7 * i) % 641], jnp.int32))[0], np.float32)
+        np.asarray(
+            run(q, k_cache, table, jnp.array([i % 1281, (7 * i) % 641], jnp.int32))[0], np.float32
+        )
         for i in range(50)
     )
     np.testing.assert_allclose(loop(50)[1], some, 1e-5, 1e-4)
