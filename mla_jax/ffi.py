@@ -139,10 +139,11 @@ def _kernel_reason(
         return f"head_dim_v: got {head_dim_v}, the CUDA kernel takes 512"
     if page_size not in (16, 32, 64, 128):
         return f"k_cache: got page_size {page_size}, the CUDA kernel takes 16, 32, 64 and 128"
-    if block_table.shape[1] * page_size > 2**30:
+    b, max_pages = block_table.shape
+    if max_pages * page_size > 2**30 or b * max_pages * page_size > 2**34:
         return (
-            f"block_table: got {block_table.shape[1]} pages of {page_size} tokens a sequence, "
-            "the CUDA kernel takes 2^30 tokens"
+            f"block_table: got {b} x {max_pages} pages of {page_size} tokens, the CUDA "
+            "kernel takes 2^30 tokens a sequence and 2^34 in all"
         )
     if batch_invariant:
         return "batch_invariant: the CUDA kernel cuts sequences as the batch needs it"

@@ -45,8 +45,10 @@ ffi::Error CheckCuda(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer bl
     return Invalid("k_cache", "page_size " + std::to_string(p.page_size),
                    "16, 32, 64 or 128 on a GPU");
   }
-  if (int64_t{p.max_pages_per_seq} * p.page_size > int64_t{1} << 30) {
-    return Invalid("block_table", Describe(block_table), "at most 2^30 tokens a sequence on a GPU");
+  const int64_t tokens = int64_t{p.max_pages_per_seq} * p.page_size;
+  if (tokens > MLA_SM90_MAX_SEQUENCE_TOKENS || tokens * p.b > MLA_SM90_MAX_BATCH_TOKENS) {
+    return Invalid("block_table", Describe(block_table),
+                   "pages of at most 2^30 tokens a sequence and 2^34 in all on a GPU");
   }
   if (workspace.size_bytes() < WorkspaceBytes()) {
     return Invalid("workspace", std::to_string(workspace.size_bytes()) + " bytes",

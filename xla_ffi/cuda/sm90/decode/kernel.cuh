@@ -16,7 +16,6 @@
 //
 //   even:  scores 0 | softmax 0 | out 0 (left)            | out 1 (left)  | scores 2 ...
 //   odd:         scores 1       | out 0 (right), softmax 1 | out 1 (right) | scores 3 ...
-// 
 
 #pragma once
 
@@ -31,7 +30,7 @@ template <typename T, int kPieces>
 struct Decode {
   using Mma = wgmma::Mma<T>;
   static constexpr int kBlockShift = 6;                 // log2 of the tokens of a block
-  static constexpr int kMaxCopies = kBlockTokens / 16;  // that make up a block, with the smallest pages
+  static constexpr int kMaxCopies = kBlockTokens / 16;  // of a block, with the smallest pages
 
   // ---- Copies ----
 
@@ -51,8 +50,8 @@ struct Decode {
     });
   }
 
-  // The i-th box of a buffer to be copied and multiplied. Each warpgroup has its own block's weights
-  // first, so it gives its half of the value columns back first.
+  // The i-th box of a buffer to be copied and multiplied. Each warpgroup has its own block's
+  // weights first, so it gives its half of the value columns back first.
   __device__ __forceinline__ static constexpr int box_in_order(int buffer, int i) {
     return i == kBoxes - 1 ? i : i ^ (buffer << 1);
   }
@@ -333,8 +332,8 @@ struct Decode {
       const bool real = row < place.end_row;
       const float inverse = sum.v[e] > 0.f ? 1.f / sum.v[e] : 0.f;
       T* dst = static_cast<T*>(args.out) +
-               (real ? out_offset(args, item.seq, place.kv_head, row) : 0) +
-               half * kHalfColumns + 8 * lane;
+               (real ? out_offset(args, item.seq, place.kv_head, row) : 0) + half * kHalfColumns +
+               8 * lane;
 #pragma unroll
       for (int i = 0; i < 32; i += 4) {
         // The quad holds 4 groups of 8 columns, 2 columns of each per lane; transposed, each lane
@@ -352,8 +351,7 @@ struct Decode {
         if (real) *reinterpret_cast<uint4*>(dst + 8 * i) = make_uint4(v[0], v[1], v[2], v[3]);
       }
       if (real && half == 0 && lane == 0) {
-        args.lse[lse_offset(args, item.seq, place.kv_head, row)] =
-            log_sum_exp(max.v[e], sum.v[e]);
+        args.lse[lse_offset(args, item.seq, place.kv_head, row)] = log_sum_exp(max.v[e], sum.v[e]);
       }
     }
   }

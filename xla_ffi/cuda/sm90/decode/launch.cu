@@ -86,7 +86,7 @@ cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
 
 template <typename T>
 cudaError_t dispatch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
-                   cudaStream_t stream) {
+                     cudaStream_t stream) {
   return p.d_k == 576 ? launch<T, 9>(p, args, ctas, stream) : launch<T, 8>(p, args, ctas, stream);
 }
 
@@ -109,8 +109,9 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
       (p.page_size != 16 && p.page_size != 32 && p.page_size != 64 && p.page_size != 128)) {
     return cudaErrorInvalidValue;
   }
-  constexpr int64_t kMaxTokens = int64_t{1} << 30;  // of a sequence: token numbers are ints
-  if (p.num_pages < 1 || int64_t{p.max_pages_per_seq} * p.page_size > kMaxTokens) {
+  if (p.num_pages < 1) return cudaErrorInvalidValue;
+  if (int64_t{p.max_pages_per_seq} * p.page_size > MLA_SM90_MAX_SEQUENCE_TOKENS ||
+      int64_t{p.max_pages_per_seq} * p.page_size * p.b > MLA_SM90_MAX_BATCH_TOKENS) {
     return cudaErrorInvalidValue;
   }
   if (p.b == 0 || p.s_q == 0 || p.h_q == 0) return cudaSuccess;

@@ -1,10 +1,10 @@
 // Copyright 2026 The mla-jax Authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// The split-KV schedule: which blocks of which sequences a cluster works on.
+// The split-KV schedule: which blocks of which sequences a CTA works on.
 //
 // All blocks of all sequences are laid out on one line, and the line is cut into equal parts, one
-// per cluster, so that all multiprocessors end together. Every cluster finds its own part from the
+// for each CTA of a tile, so that all multiprocessors end together. Every CTA finds its own from the
 // lengths alone, by one warp, in the kernel's prologue: no table, no second kernel.
 //
 // Two layouts of the line:
@@ -37,7 +37,7 @@ struct Grid {
 // A CTA's work: from block `begin_block` of `begin_seq` up to, and excluding, block `end_block`
 // of `end_seq`; all blocks of the sequences between. Empty if end_seq < begin_seq.
 struct Part {
-  int height;                                 // index of the tiles' height
+  int height;  // index of the tiles' height
   int begin_seq, begin_block;
   int end_seq, end_block;
   int begin_seq_first_part;                   // the part that holds block 0 of begin_seq
