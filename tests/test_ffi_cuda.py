@@ -9,6 +9,7 @@ program. test_decode.py holds the results to the oracle.
 import ctypes
 import functools
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -182,7 +183,7 @@ def test_library_built_for_a_newer_ffi(pretend, monkeypatch):
         reason = mla_jax.explain(*inputs(), 512).reasons["ffi"]
     ffi._library_reason.cache_clear()
     assert "mla_jax_cuda" in reason
-    assert "was built for XLA FFI 0.1, this jaxlib has 0.0" in reason
+    assert re.search(r"was built for XLA FFI 0\.\d, this jaxlib has 0\.0: build it", reason)
 
 
 @pytest.fixture(scope="module")
