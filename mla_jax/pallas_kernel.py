@@ -61,6 +61,7 @@ class Config:
     scale: float
     weights_registers: int = 96
     output_registers: int = 160
+    auto_barriers: bool = False
     interpret: Any = None
 
     def __post_init__(self) -> None:
@@ -213,7 +214,7 @@ def decode(
         kernel_name="mla_decode",
         interpret=config.interpret,
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=False
+            approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=not config.auto_barriers
         ),
     )
     return kernel(q, k_cache, block_table, seqlens, metadata, num_splits)
@@ -406,6 +407,8 @@ def _decode_body(
                 factor = jnp.exp2(before - top)
                 weights = jnp.exp2(scores * scale_log2 - _columns(top, scores))
                 total = weights.sum(axis=1)
+                # All warps must be done with the RoPE columns that the weights replace.
+                plgpu.commit_smem()
                 p_smem[here] = weights.astype(q.dtype)
                 factors[slot] = factor
 
@@ -572,3 +575,163 @@ def _decode_body(
     def _():
         plgpu.set_max_registers(config.output_registers, action="increase")
         accumulate_output(warpgroup - 2)
+
+
+def combine(
+    out: jax.Array,
+    lse: jax.Array,
+    partial_out: jax.Array,
+    partial_lse: jax.Array,
+    metadata: jax.Array,
+    num_splits: jax.Array,
+    config: Config,
+) -> tuple[jax.Array, jax.Array]:
+    """Combines the results of the splits of each sequence that has several, in place.
+
+    Args:
+        out: as `decode` returns it, here and below.
+        lse: likewise.
+        partial_out: likewise.
+        partial_lse: likewise.
+        metadata: the schedule that `decode` ran over.
+        num_splits: likewise.
+        config: likewise.
+
+    Returns:
+        out and lse, those of split sequences filled in; lse is +inf where nothing was seen.
+    """
+    b, parts = num_splits.shape[0] - 1, metadata.shape[0]
+    h_kv = out.shape[0] // b
+    # At most as many sequences as there are parts are split, each of which ends in another part.
+    groups = min(b, parts)
+    rows = config.rows
+    while rows > 1 and groups * h_kv * (config.rows // rows) < _COMBINE_CTAS // 2:
+        rows //= 2
+    while config.rows % rows:
+        rows -= 1
+    refs = jax.new_ref(out), jax.new_ref(lse)
+    kernel = plgpu.kernel(
+        functools.partial(_combine_body, config=config, h_kv=h_kv, rows=rows, b=b),
+        out_type=(),
+        scratch_types={
+            "outs": plgpu.SMEM((_COMBINE_WARPGROUPS, config.d_v), jnp.float32),
+            "tops": plgpu.SMEM((_COMBINE_WARPGROUPS, config.d_v), jnp.float32),
+            "sums": plgpu.SMEM((_COMBINE_WARPGROUPS, config.d_v), jnp.float32),
+            "ready": plgpu.Barrier(num_arrivals=_COMBINE_WARPGROUPS),
+        },
+        grid=(groups, h_kv, config.rows // rows),
+        grid_names=("group", "kv_head", "rows"),
+        num_threads=_COMBINE_WARPGROUPS,
+        thread_name="warpgroup",
+        kernel_name="mla_combine",
+        interpret=config.interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+    kernel(partial_out, partial_lse, metadata, num_splits, *refs)
+    return jax.freeze(refs[0]), jax.freeze(refs[1])
+
+
+_COMBINE_WARPGROUPS = 4
+_COMBINE_CTAS = 1056  # two waves of four CTAs on each of 132 multiprocessors
+_COMBINE_SPLITS = 8  # loads in flight
+
+
+def _combine_body(
+    partial_out: Ref,
+    partial_lse: Ref,
+    metadata: Ref,
+    num_splits: Ref,
+    out: Ref,
+    lse: Ref,
+    *,
+    config: Config,
+    h_kv: int,
+    rows: int,
+    b: int,
+    outs: Ref,
+    tops: Ref,
+    sums: Ref,
+    ready: Ref,
+) -> None:
+    group = lax.axis_index("group")
+    kv_head = lax.axis_index("kv_head")
+    first_row = lax.axis_index("rows") * rows
+    warpgroup = lax.axis_index("warpgroup")
+    layout = plgpu.Layout.WG_STRIDED((config.d_v,), config.d_v // 128)
+    parts = metadata.shape[0]
+    if b <= parts:
+        seq = group
+        first = num_splits[seq]
+        count = num_splits[seq + 1] - first
+        mine = count > 1
+    else:
+        seq = jnp.clip(metadata[group, 0], 0, b - 1)
+        first = num_splits[seq]
+        count = num_splits[seq + 1] - first
+        mine = jnp.logical_and(count > 1, metadata[group, 4] == count - 1)
+
+    def splat(x: Any) -> jax.Array:
+        return plgpu.layout_cast(lax.broadcast_in_dim(jnp.float32(x), (config.d_v,), ()), layout)
+
+    def load(ref: Ref) -> jax.Array:
+        return plgpu.load(ref, layout=layout)
+
+    @pl.when(mine)
+    def _():
+        @pl.loop(0, rows)
+        def _(r: jax.Array) -> None:
+            row = first_row + r
+
+            def step(i: jax.Array, state: Any) -> Any:
+                top, total, acc = state
+                found = []
+                for k in range(_COMBINE_SPLITS):
+                    split = (i * _COMBINE_SPLITS + k) * _COMBINE_WARPGROUPS + warpgroup
+                    used = split < count
+                    # Past the end the first split again, with no weight.
+                    slot = (first + jnp.where(used, split, 0)) * h_kv + kv_head
+                    value = load(partial_out.at[slot, row])
+                    found.append((jnp.where(used, partial_lse[slot, row], -jnp.inf), value))
+                new = top
+                for x, _ in found:
+                    new = jnp.maximum(new, splat(x))
+                safe = jnp.where(new == -jnp.inf, 0.0, new)
+                factor = jnp.exp(top - safe)
+                total, acc = total * factor, acc * factor
+                for x, value in found:
+                    weight = jnp.exp(splat(x) - safe)
+                    total, acc = total + weight, acc + weight * value
+                return new, total, acc
+
+            steps = lax.div(
+                count + (_COMBINE_SPLITS * _COMBINE_WARPGROUPS - 1),
+                jnp.int32(_COMBINE_SPLITS * _COMBINE_WARPGROUPS),
+            )
+            top, total, acc = lax.fori_loop(
+                0, steps, step, (splat(-jnp.inf), splat(0.0), splat(0.0))
+            )
+            tops[warpgroup] = top
+            sums[warpgroup] = total
+            outs[warpgroup] = acc
+            plgpu.barrier_arrive(ready)
+            plgpu.barrier_wait(ready)
+
+            @pl.when(warpgroup == 0)
+            def _():
+                top, total, acc = splat(-jnp.inf), splat(0.0), splat(0.0)
+                for w in range(_COMBINE_WARPGROUPS):
+                    top = jnp.maximum(top, load(tops.at[w]))
+                safe = jnp.where(top == -jnp.inf, 0.0, top)
+                for w in range(_COMBINE_WARPGROUPS):
+                    factor = jnp.exp(load(tops.at[w]) - safe)
+                    total += factor * load(sums.at[w])
+                    acc += factor * load(outs.at[w])
+                seen = total > 0
+                total = jnp.where(seen, total, 1.0)
+                target = seq * h_kv + kv_head
+                out[target, row] = (acc / total).astype(out.dtype)
+                value = jnp.where(seen, safe + jnp.log(total), jnp.inf)
+                lse[target, row] = value.max()
+
+            plgpu.barrier_arrive(ready)
+            plgpu.barrier_wait(ready)
