@@ -67,10 +67,9 @@ class Config:
     def __post_init__(self) -> None:
         if self.page_size not in (8, 16, 32, 64, 128):
             raise ValueError(f"page_size: got {self.page_size}, expected a power of two in 8..128")
-        if self.d_v not in (256, 512) or self.rope not in (0, 32, 64):
+        if self.d_v not in (256, 512) or self.rope not in (0, 64):
             raise ValueError(
-                f"d_k, d_v: got {self.d_k}, {self.d_v}, expected d_v 256 or 512 and d_k - d_v "
-                "0, 32 or 64"
+                f"d_k, d_v: got {self.d_k}, {self.d_v}, expected d_v 256 or 512, d_k - d_v 0 or 64"
             )
         if self.weights_registers % 8 or self.output_registers % 8:
             raise ValueError("registers: expected multiples of 8")
@@ -201,6 +200,9 @@ def decode(
         "max_ready": plgpu.Barrier(num_barriers=2),
         "sum_ready": plgpu.Barrier(num_barriers=2),
         "p_ready": plgpu.Barrier(num_barriers=2),
+        "scored": plgpu.Barrier(num_barriers=2),
+        "item_ready": plgpu.Barrier(),
+        "drained": plgpu.Barrier(num_barriers=2),
     }
     scratch = {name: value for name, value in scratch.items() if value is not None}
     kernel = plgpu.kernel(
@@ -257,6 +259,9 @@ def _decode_body(
     max_ready: Ref,
     sum_ready: Ref,
     p_ready: Ref,
+    scored: Ref,
+    item_ready: Ref,
+    drained: Ref,
     q_rope: Ref = None,
     k_rope: Ref = None,
     p_smem: Ref = None,
@@ -347,9 +352,13 @@ def _decode_body(
                 plgpu.barrier_wait(q_free)
                 load_queries(item)
 
-            row = first_row + plgpu.broadcasted_iota(
-                jnp.int32, (TILE, BLOCK), 0, layout=plgpu.Layout.WGMMA
-            )
+            limit = item.length
+            if config.causal:
+                row = first_row + plgpu.broadcasted_iota(
+                    jnp.int32, (TILE,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
+                )
+                query = lax.div(row, jnp.int32(config.heads_per_kv))
+                limit = jnp.minimum(item.length - config.s_q + 1 + query, item.length)
 
             def block_body(i: jax.Array, _: None) -> None:
                 j = first + 2 * i
@@ -379,20 +388,26 @@ def _decode_body(
                     return acc[...]
 
                 scores = pl.run_scoped(scores_of, plgpu.ACC((TILE, BLOCK), jnp.float32))
+                plgpu.barrier_arrive(scored.at[slot])
 
                 @pl.when(j + 2 >= item.n)
                 def _():
                     plgpu.barrier_arrive(q_free)
 
-                token = block * BLOCK + plgpu.broadcasted_iota(
-                    jnp.int32, (TILE, BLOCK), 1, layout=plgpu.Layout.WGMMA
-                )
+                past = item.length - block * BLOCK  # the block's first token past the end
                 if config.causal:
-                    query = lax.div(row, jnp.int32(config.heads_per_kv))
-                    limit = jnp.minimum(item.length - config.s_q + query + 1, item.length)
+                    seen = limit - block * BLOCK
                 else:
-                    limit = item.length
-                scores = jnp.where(token < limit, scores, -jnp.inf)
+                    seen = jnp.broadcast_to(past, (TILE,))
+
+                def mask(scores: jax.Array) -> jax.Array:
+                    token = plgpu.broadcasted_iota(
+                        jnp.int32, (TILE, BLOCK), 1, layout=plgpu.Layout.WGMMA
+                    )
+                    return jnp.where(token < _columns(seen, token), scores, -jnp.inf)
+
+                hidden = config.s_q - 1 if config.causal else 0
+                scores = lax.cond(past < BLOCK + hidden, mask, lambda x: x, scores)
                 top = scores.max(axis=1) * scale_log2
 
                 plgpu.barrier_wait(max_ready.at[other])
@@ -405,24 +420,29 @@ def _decode_body(
                 # Where nothing was seen yet: -inf - -inf would be NaN.
                 top = jnp.where(top == -jnp.inf, 0.0, top)
                 factor = jnp.exp2(before - top)
-                weights = jnp.exp2(scores * scale_log2 - _columns(top, scores))
-                total = weights.sum(axis=1)
-                # All warps must be done with the RoPE columns that the weights replace.
-                plgpu.commit_smem()
-                p_smem[here] = weights.astype(q.dtype)
                 factors[slot] = factor
+                weights = jnp.exp2(scores * scale_log2 - _columns(top, scores))
+                # All warps must be done with the RoPE columns that the weights replace.
+                plgpu.barrier_wait(scored.at[slot])
+                p_smem[here] = weights.astype(q.dtype)
 
-                @pl.when((block + 1) * BLOCK > item.length)
+                @pl.when(past < BLOCK)
                 def _():
-                    clear_past_end(slot, item.length - block * BLOCK)
+                    clear_past_end(slot, past)
 
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(p_ready.at[slot])
+
+                total = weights.sum(axis=1)
                 plgpu.barrier_wait(sum_ready.at[other])
                 before = _row_vector(sums.at[other])
                 before = jnp.where(jnp.broadcast_to(j == 0, before.shape), 0.0, before)
                 sums[slot] = before * factor + total
-                plgpu.commit_smem()
                 plgpu.barrier_arrive(sum_ready.at[slot])
-                plgpu.barrier_arrive(p_ready.at[slot])
+
+                @pl.when(j == item.n - 1)
+                def _():
+                    plgpu.barrier_arrive(item_ready)
 
             mine = lax.div(item.n - first + 1, jnp.int32(2))
             lax.fori_loop(0, mine, block_body, None)
@@ -476,10 +496,9 @@ def _decode_body(
                 plgpu.barrier_wait(p_ready.at[slot])
                 factor = _row_vector(factors.at[slot])
                 if config.interpret is None:
-                    for ref in acc:
+                    for c, ref in enumerate(acc):
                         value = plgpu.wgmma_accumulator_load(ref, wait_n=None)
                         ref[...] = value * _columns(factor, value)
-                    for c, ref in enumerate(acc):
                         product(c, here, ref)
                     plgpu.wgmma_wait(0)
                 else:  # the interpreter cannot store to an accumulator
@@ -521,6 +540,10 @@ def _decode_body(
     def finish(g: jax.Array, item: _Item, h: jax.Array, values: list[jax.Array]) -> None:
         """Writes the output of an item through the half buffer of its last block."""
         slot = lax.rem(g + item.n - 1, jnp.int32(2))
+        plgpu.barrier_wait(item_ready)
+        # All warps must be done with the values that the output replaces.
+        plgpu.barrier_arrive(drained.at[h])
+        plgpu.barrier_wait(drained.at[h])
         total = _row_vector(sums.at[slot])
         seen = total > 0
         total = jnp.where(seen, total, 1.0)
@@ -548,7 +571,7 @@ def _decode_body(
             plgpu.copy_smem_to_gmem(
                 k_smem.at[slot, h, here], out.at[target, rows, pl.ds(h * half, half)]
             )
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(jnp.logical_not(item.whole))
         def _():
@@ -562,7 +585,7 @@ def _decode_body(
                     stage.at[slot, h, here],
                     partial_out.at[target, rows, pl.ds(column, config.piece)],
                 )
-                plgpu.wait_smem_to_gmem(0)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         plgpu.barrier_arrive(k_free.at[2 * slot + h])
 
