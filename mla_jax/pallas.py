@@ -171,7 +171,7 @@ def decode(
     rows = rows.reshape(b * h_kv, s_q * group, d_k)
     rows = jnp.pad(rows, ((0, 0), (0, config.rows - s_q * group), (0, 0)))
     pages = k_cache.reshape(num_pages, page_size, h_kv * d_k)
-    results = pallas_kernel.decode(rows, pages, block_table, seqlens, *schedule, config)
+    results = pallas_kernel.decode(rows, pages, block_table, cache_seqlens, *schedule, config)
     out, lse = pallas_kernel.combine(*results, *schedule, config)
     out = out[:, : s_q * group].reshape(b, h_kv, s_q, group, head_dim_v).transpose(0, 2, 1, 3, 4)
     lse = lse[:, : s_q * group].reshape(b, h_kv, s_q, group).transpose(0, 1, 3, 2)

@@ -150,7 +150,7 @@ def decode(
         q: `[b * h_kv, rows, d_k]`, rows padded to `config.rows`.
         k_cache: `[num_pages, page_size, h_kv * d_k]`.
         block_table: `[b, max_pages_per_seq]` int32.
-        seqlens: `[b]` int32, within the table's capacity.
+        seqlens: `[b]` int32, clamped to the table's capacity.
         metadata: `[num_parts, 8]` int32 of `get_mla_metadata`.
         num_splits: `[b + 1]` int32.
         config: the kernel's.
@@ -286,7 +286,7 @@ def _decode_body(
         last_seq = jnp.minimum(jnp.where(end_block > 0, end_seq, end_seq - 1), b - 1)
 
         def step(seq: jax.Array, g: jax.Array) -> jax.Array:
-            length = seqlens[seq]
+            length = jnp.clip(seqlens[seq], 0, block_table.shape[1] * config.page_size)
             blocks = lax.div(length + (BLOCK - 1), jnp.int32(BLOCK))
             begin = jnp.where(seq == begin_seq, begin_block, 0)
             end = jnp.where(seq == end_seq, jnp.minimum(end_block, blocks), blocks)
