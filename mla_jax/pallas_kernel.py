@@ -288,13 +288,14 @@ def _decode_body(
         def step(seq: jax.Array, g: jax.Array) -> jax.Array:
             length = jnp.clip(seqlens[seq], 0, block_table.shape[1] * config.page_size)
             blocks = lax.div(length + (BLOCK - 1), jnp.int32(BLOCK))
-            begin = jnp.where(seq == begin_seq, begin_block, 0)
+            begin = jnp.clip(jnp.where(seq == begin_seq, begin_block, 0), 0, blocks)
             end = jnp.where(seq == end_seq, jnp.minimum(end_block, blocks), blocks)
             split = jnp.where(seq == begin_seq, metadata[part, 4], 0)
             first_split = num_splits[seq]
             n = jnp.maximum(end - begin, 1)
             whole = num_splits[seq + 1] - first_split == 1
-            body(g, _Item(seq, length, begin, n, first_split + split, whole))
+            slot = jnp.clip(first_split + split, 0, partial_lse.shape[0] // h_kv - 1)
+            body(g, _Item(seq, length, begin, n, slot, whole))
             return g + n
 
         return lax.fori_loop(begin_seq, last_seq + 1, step, jnp.int32(0))
@@ -625,26 +626,29 @@ def combine(
     """
     b, parts = num_splits.shape[0] - 1, metadata.shape[0]
     h_kv = out.shape[0] // b
-    # At most as many sequences as there are parts are split, each of which ends in another part.
+    if parts == 1:  # no sequence can be split
+        return out, lse
+    # A split sequence is found by itself, or by the part that holds its last split: the fewer.
     groups = min(b, parts)
+    # Few sequences may have many splits, which several warpgroups share.
+    warpgroups = 4 if groups * h_kv <= _FEW_SEQUENCES else 1
     rows = config.rows
-    while rows > 1 and groups * h_kv * (config.rows // rows) < _COMBINE_CTAS // 2:
+    while rows % 2 == 0 and groups * h_kv * config.rows // rows * warpgroups < _COMBINE_WARPGROUPS:
         rows //= 2
-    while config.rows % rows:
-        rows -= 1
+    shared = plgpu.SMEM((warpgroups, config.d_v), jnp.float32)
     refs = jax.new_ref(out), jax.new_ref(lse)
     kernel = plgpu.kernel(
-        functools.partial(_combine_body, config=config, h_kv=h_kv, rows=rows, b=b),
+        functools.partial(_combine_body, config=config, h_kv=h_kv, rows=rows, by_seq=b <= parts),
         out_type=(),
         scratch_types={
-            "outs": plgpu.SMEM((_COMBINE_WARPGROUPS, config.d_v), jnp.float32),
-            "tops": plgpu.SMEM((_COMBINE_WARPGROUPS, config.d_v), jnp.float32),
-            "sums": plgpu.SMEM((_COMBINE_WARPGROUPS, config.d_v), jnp.float32),
-            "ready": plgpu.Barrier(num_arrivals=_COMBINE_WARPGROUPS),
+            "outs": shared,
+            "tops": shared,
+            "sums": shared,
+            "ready": plgpu.Barrier(num_arrivals=warpgroups),
         },
         grid=(groups, h_kv, config.rows // rows),
         grid_names=("group", "kv_head", "rows"),
-        num_threads=_COMBINE_WARPGROUPS,
+        num_threads=warpgroups,
         thread_name="warpgroup",
         kernel_name="mla_combine",
         interpret=config.interpret,
@@ -654,9 +658,8 @@ def combine(
     return jax.freeze(refs[0]), jax.freeze(refs[1])
 
 
-_COMBINE_WARPGROUPS = 4
-_COMBINE_CTAS = 1056  # two waves of four CTAs on each of 132 multiprocessors
-_COMBINE_SPLITS = 8  # loads in flight
+_FEW_SEQUENCES = 8
+_COMBINE_WARPGROUPS = 1056  # of the whole grid, at least: eight for each of 132 multiprocessors
 
 
 def _combine_body(
@@ -670,7 +673,7 @@ def _combine_body(
     config: Config,
     h_kv: int,
     rows: int,
-    b: int,
+    by_seq: bool,
     outs: Ref,
     tops: Ref,
     sums: Ref,
@@ -680,18 +683,15 @@ def _combine_body(
     kv_head = lax.axis_index("kv_head")
     first_row = lax.axis_index("rows") * rows
     warpgroup = lax.axis_index("warpgroup")
+    warpgroups = tops.shape[0]
+    slots = partial_out.shape[0] // h_kv
     layout = plgpu.Layout.WG_STRIDED((config.d_v,), config.d_v // 128)
-    parts = metadata.shape[0]
-    if b <= parts:
-        seq = group
-        first = num_splits[seq]
-        count = num_splits[seq + 1] - first
-        mine = count > 1
-    else:
-        seq = jnp.clip(metadata[group, 0], 0, b - 1)
-        first = num_splits[seq]
-        count = num_splits[seq + 1] - first
-        mine = jnp.logical_and(count > 1, metadata[group, 4] == count - 1)
+    seq = group if by_seq else jnp.clip(metadata[group, 0], 0, num_splits.shape[0] - 2)
+    first = num_splits[seq]
+    count = num_splits[seq + 1] - first
+    mine = count > 1
+    if not by_seq:
+        mine = jnp.logical_and(mine, metadata[group, 4] == count - 1)
 
     def splat(x: Any) -> jax.Array:
         return plgpu.layout_cast(lax.broadcast_in_dim(jnp.float32(x), (config.d_v,), ()), layout)
@@ -699,62 +699,68 @@ def _combine_body(
     def load(ref: Ref) -> jax.Array:
         return plgpu.load(ref, layout=layout)
 
+    def add(pieces: list[tuple[jax.Array, jax.Array, jax.Array]], state: Any) -> Any:
+        """Adds `(log sum, sum, sum of values)`, each relative to its log sum, to such a state."""
+        top, total, acc = state
+        new = top
+        for x, _, _ in pieces:
+            new = jnp.maximum(new, x)
+        safe = jnp.where(new == -jnp.inf, 0.0, new)
+        factor = jnp.exp(top - safe)
+        total, acc = total * factor, acc * factor
+        for x, weight, value in pieces:
+            factor = jnp.exp(x - safe)
+            total, acc = total + factor * weight, acc + factor * value
+        return new, total, acc
+
+    def splits(row: jax.Array) -> Any:
+        """Combines every `warpgroups`-th split of a row: eight loads at once, then single ones."""
+
+        def step(unroll: int, begin: jax.Array, i: jax.Array, state: Any) -> Any:
+            pieces = []
+            for k in range(unroll):
+                split = (begin + i * unroll + k) * warpgroups + warpgroup
+                # A wrong schedule gives wrong results, but reads what is there.
+                slot = jnp.clip(first + split, 0, slots - 1) * h_kv + kv_head
+                log_sum = splat(partial_lse[slot, row])
+                pieces.append((log_sum, splat(1.0), load(partial_out.at[slot, row])))
+            return add(pieces, state)
+
+        n = lax.div(count - warpgroup + (warpgroups - 1), jnp.int32(warpgroups))
+        state = (splat(-jnp.inf), splat(0.0), splat(0.0))
+        done = jnp.int32(0)
+        for unroll in (8, 2, 1):
+            times = lax.div(n - done, jnp.int32(unroll))
+            state = lax.fori_loop(0, times, functools.partial(step, unroll, done), state)
+            done += times * unroll
+        return state
+
     @pl.when(mine)
     def _():
         @pl.loop(0, rows)
         def _(r: jax.Array) -> None:
             row = first_row + r
 
-            def step(i: jax.Array, state: Any) -> Any:
+            def store(state: Any) -> None:
                 top, total, acc = state
-                found = []
-                for k in range(_COMBINE_SPLITS):
-                    split = (i * _COMBINE_SPLITS + k) * _COMBINE_WARPGROUPS + warpgroup
-                    used = split < count
-                    # Past the end the first split again, with no weight.
-                    slot = (first + jnp.where(used, split, 0)) * h_kv + kv_head
-                    value = load(partial_out.at[slot, row])
-                    found.append((jnp.where(used, partial_lse[slot, row], -jnp.inf), value))
-                new = top
-                for x, _ in found:
-                    new = jnp.maximum(new, splat(x))
-                safe = jnp.where(new == -jnp.inf, 0.0, new)
-                factor = jnp.exp(top - safe)
-                total, acc = total * factor, acc * factor
-                for x, value in found:
-                    weight = jnp.exp(splat(x) - safe)
-                    total, acc = total + weight, acc + weight * value
-                return new, total, acc
+                seen = total > 0
+                total = jnp.where(seen, total, 1.0)
+                target = seq * h_kv + kv_head
+                out[target, row] = (acc / total).astype(out.dtype)
+                lse[target, row] = jnp.where(seen, top + jnp.log(total), jnp.inf).max()
 
-            steps = lax.div(
-                count + (_COMBINE_SPLITS * _COMBINE_WARPGROUPS - 1),
-                jnp.int32(_COMBINE_SPLITS * _COMBINE_WARPGROUPS),
-            )
-            top, total, acc = lax.fori_loop(
-                0, steps, step, (splat(-jnp.inf), splat(0.0), splat(0.0))
-            )
-            tops[warpgroup] = top
-            sums[warpgroup] = total
-            outs[warpgroup] = acc
+            state = splits(row)
+            if warpgroups == 1:
+                store(state)
+                return
+            tops[warpgroup], sums[warpgroup], outs[warpgroup] = state
             plgpu.barrier_arrive(ready)
             plgpu.barrier_wait(ready)
 
             @pl.when(warpgroup == 0)
             def _():
-                top, total, acc = splat(-jnp.inf), splat(0.0), splat(0.0)
-                for w in range(_COMBINE_WARPGROUPS):
-                    top = jnp.maximum(top, load(tops.at[w]))
-                safe = jnp.where(top == -jnp.inf, 0.0, top)
-                for w in range(_COMBINE_WARPGROUPS):
-                    factor = jnp.exp(load(tops.at[w]) - safe)
-                    total += factor * load(sums.at[w])
-                    acc += factor * load(outs.at[w])
-                seen = total > 0
-                total = jnp.where(seen, total, 1.0)
-                target = seq * h_kv + kv_head
-                out[target, row] = (acc / total).astype(out.dtype)
-                value = jnp.where(seen, safe + jnp.log(total), jnp.inf)
-                lse[target, row] = value.max()
+                every = [(load(tops.at[w]), load(sums.at[w]), load(outs.at[w])) for w in range(4)]
+                store(add(every[1:], every[0]))
 
             plgpu.barrier_arrive(ready)
             plgpu.barrier_wait(ready)
