@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Implementation "pallas": the op as Mosaic-GPU kernels, for Hopper GPUs, with nothing to build.
 
-The kernels are in pallas_kernel.py, imported when they are first needed: where they cannot run,
-nothing of Pallas is loaded.
+The kernels are in pallas_kernel.py and pallas_combine.py, imported when they are first needed:
+where they cannot run, nothing of Pallas is loaded.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mla_jax.pallas_config import Config
 from mla_jax.schedule import BLOCK, num_parts
 
 # What starting a sequence (loading q, writing the result) costs, in blocks.
@@ -139,7 +140,7 @@ def decode(
     Returns:
         out `[b, s_q, h_q, head_dim_v]` in q's dtype and lse `[b, h_q, s_q]` float32.
     """
-    from mla_jax import pallas_kernel
+    from mla_jax import pallas_combine, pallas_kernel
 
     b, s_q, h_q, d_k = q.shape
     num_pages, page_size, h_kv, _ = k_cache.shape
@@ -147,7 +148,7 @@ def decode(
     if b == 0:
         out = jnp.zeros((b, s_q, h_q, head_dim_v), q.dtype)
         return out, jnp.zeros((b, h_q, s_q), jnp.float32)
-    config = pallas_kernel.Config(
+    config = Config(
         d_k=d_k,
         d_v=head_dim_v,
         page_size=page_size,
@@ -172,7 +173,7 @@ def decode(
     rows = jnp.pad(rows, ((0, 0), (0, config.rows - s_q * group), (0, 0)))
     pages = k_cache.reshape(num_pages, page_size, h_kv * d_k)
     results = pallas_kernel.decode(rows, pages, block_table, cache_seqlens, *schedule, config)
-    out, lse = pallas_kernel.combine(*results, *schedule, config)
+    out, lse = pallas_combine.combine(*results, *schedule, config)
     out = out[:, : s_q * group].reshape(b, h_kv, s_q, group, head_dim_v).transpose(0, 2, 1, 3, 4)
     lse = lse[:, : s_q * group].reshape(b, h_kv, s_q, group).transpose(0, 1, 3, 2)
     return out.reshape(b, s_q, h_q, head_dim_v), lse.reshape(b, h_q, s_q)

@@ -1,6 +1,6 @@
 # Copyright 2026 The mla-jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The Mosaic-GPU kernels of implementation "pallas", for Hopper.
+"""The Mosaic-GPU decode kernel of implementation "pallas", for Hopper.
 
 A CTA holds 64 packed query rows and walks through blocks of 64 tokens: scores = Q K^T, weights =
 softmax, output += weights V, where V is the first columns of K. Four warpgroups:
@@ -30,92 +30,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from mla_jax.pallas_config import Config
 from mla_jax.schedule import BLOCK, TILE
 
 Ref = Any
 
 
-@dataclass(frozen=True)
-class Config:
-    """What a decode kernel is compiled for, beside the shapes of its operands.
-
-    Attributes:
-        d_k: width of queries and keys.
-        d_v: width of the values.
-        page_size: tokens per page.
-        heads_per_kv: query heads that share a KV head.
-        s_q: queries per sequence.
-        causal: whether query j sees the first `length - s_q + j + 1` tokens only.
-        scale: factor of the scores.
-        weights_registers: registers of a thread of the weights warpgroups.
-        output_registers: of the output warpgroups.
-        interpret: Pallas' parameters of interpretation, or None to compile.
-    """
-
-    d_k: int
-    d_v: int
-    page_size: int
-    heads_per_kv: int
-    s_q: int
-    causal: bool
-    scale: float
-    weights_registers: int = 96
-    output_registers: int = 160
-    auto_barriers: bool = False
-    interpret: Any = None
-
-    def __post_init__(self) -> None:
-        if self.page_size not in (8, 16, 32, 64, 128):
-            raise ValueError(f"page_size: got {self.page_size}, expected a power of two in 8..128")
-        if self.d_v not in (256, 512) or self.rope not in (0, 64):
-            raise ValueError(
-                f"d_k, d_v: got {self.d_k}, {self.d_v}, expected d_v 256 or 512, d_k - d_v 0 or 64"
-            )
-        if self.weights_registers % 8 or self.output_registers % 8:
-            raise ValueError("registers: expected multiples of 8")
-        if self.weights_registers + self.output_registers > 256:
-            raise ValueError(
-                f"registers: got {self.weights_registers} + {self.output_registers}, expected at "
-                "most 256: four warpgroups share 65536"
-            )
-
-    @property
-    def rope(self) -> int:
-        """Columns of a key that are no value."""
-        return self.d_k - self.d_v
-
-    @property
-    def half(self) -> int:
-        """Columns of the output that a warpgroup accumulates."""
-        return self.d_v // 2
-
-    @property
-    def piece(self) -> int:
-        """Columns of an accumulator, as float32 as large as its half of a block."""
-        return self.d_v // 4
-
-    @property
-    def rows(self) -> int:
-        """Query rows that share a KV head, padded to the 8 rows of a shared memory tile."""
-        return -(-self.s_q * self.heads_per_kv // 8) * 8
-
-    @property
-    def tile_rows(self) -> int:
-        """Rows of a tile that are copied; the others of its 64 hold anything."""
-        return min(self.rows, TILE)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of 64 rows."""
-        return -(-self.rows // TILE)
-
-
 def _tiled(columns: int, dtype: Any) -> tuple[Any, ...]:
     """The layout of shared memory that the tensor cores read."""
     swizzle = min(128, columns * jnp.dtype(dtype).itemsize)
-    return (
-        plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)),
-        plgpu.SwizzleTransform(swizzle),
+    return (  # mypy takes both classes for abstract
+        plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)),  # type: ignore[abstract]
+        plgpu.SwizzleTransform(swizzle),  # type: ignore[abstract]
     )
 
 
@@ -201,7 +127,7 @@ def decode(
         "sum_ready": plgpu.Barrier(num_barriers=2),
         "p_ready": plgpu.Barrier(num_barriers=2),
         "scored": plgpu.Barrier(num_barriers=2),
-        "item_ready": plgpu.Barrier(),
+        "item_ready": plgpu.Barrier(num_barriers=2),
         "drained": plgpu.Barrier(num_barriers=2),
     }
     scratch = {name: value for name, value in scratch.items() if value is not None}
@@ -215,8 +141,9 @@ def decode(
         thread_name="warpgroup",
         kernel_name="mla_decode",
         interpret=config.interpret,
+        # Our own barriers suffice: `scored` and `drained` where the warps of a warpgroup must meet.
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=not config.auto_barriers
+            approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True
         ),
     )
     return kernel(q, k_cache, block_table, seqlens, metadata, num_splits)
@@ -307,21 +234,20 @@ def _decode_body(
         source = q.at[item.seq * h_kv + kv_head, rows]
         here = pl.ds(0, tile_rows)
         for i in range(2):
-            plgpu.copy_gmem_to_smem(
-                source.at[:, pl.ds(i * half, half)], q_smem.at[i, here], q_full
-            )
+            plgpu.copy_gmem_to_smem(source.at[:, pl.ds(i * half, half)], q_smem.at[i, here], q_full)
         if rope:
             plgpu.copy_gmem_to_smem(source.at[:, pl.ds(2 * half, rope)], q_rope.at[0, here], q_full)
 
     def pages_of(item: _Item, block: jax.Array) -> list[tuple[jax.Array, Any]]:
-        """The page and the tokens within it of each copy of a block; page -1 reads as zeros."""
+        """The page and the tokens within it of each copy of a block; past the pool are zeros."""
         size = min(config.page_size, BLOCK)
         found = []
         for i in range(BLOCK // size):
             token = block * BLOCK + i * size
             used = token < item.length
             entry = lax.div(jnp.where(used, token, 0), jnp.int32(config.page_size))
-            page = jnp.where(used, block_table[item.seq, entry], -1)
+            page = block_table[item.seq, entry]
+            page = jnp.where(used & (page >= 0), page, k_cache.shape[0])
             found.append((page, pl.ds(lax.rem(token, jnp.int32(config.page_size)), size)))
         return found
 
@@ -339,7 +265,7 @@ def _decode_body(
         other = 1 - slot
 
         @pl.when(slot == 1)
-        def _():  # what comes before block 0
+        def stand_in_for_the_block_before_the_first() -> None:
             plgpu.barrier_arrive(max_ready.at[1])
             plgpu.barrier_arrive(sum_ready.at[1])
 
@@ -349,7 +275,7 @@ def _decode_body(
             first = lax.rem(slot + g, jnp.int32(2))
 
             @pl.when(slot == 0)
-            def _():
+            def load_queries_when_free() -> None:
                 plgpu.barrier_wait(q_free)
                 load_queries(item)
 
@@ -376,7 +302,7 @@ def _decode_body(
                     load_block(pages, 2 * half, rope, k_rope.at[here], rope_full.at[slot])
 
                 @pl.when(i == 0)
-                def _():
+                def wait_for_queries() -> None:
                     plgpu.barrier_wait(q_full)
 
                 def scores_of(acc: Ref) -> jax.Array:
@@ -392,7 +318,7 @@ def _decode_body(
                 plgpu.barrier_arrive(scored.at[slot])
 
                 @pl.when(j + 2 >= item.n)
-                def _():
+                def free_queries() -> None:
                     plgpu.barrier_arrive(q_free)
 
                 past = item.length - block * BLOCK  # the block's first token past the end
@@ -428,7 +354,7 @@ def _decode_body(
                 p_smem[here] = weights.astype(q.dtype)
 
                 @pl.when(past < BLOCK)
-                def _():
+                def clear() -> None:
                     clear_past_end(slot, past)
 
                 plgpu.commit_smem()
@@ -442,14 +368,14 @@ def _decode_body(
                 plgpu.barrier_arrive(sum_ready.at[slot])
 
                 @pl.when(j == item.n - 1)
-                def _():
-                    plgpu.barrier_arrive(item_ready)
+                def end_item() -> None:
+                    plgpu.barrier_arrive(item_ready.at[slot])
 
             mine = lax.div(item.n - first + 1, jnp.int32(2))
             lax.fori_loop(0, mine, block_body, None)
 
             @pl.when(mine == 0)
-            def _():
+            def pass_queries() -> None:
                 plgpu.barrier_wait(q_full)
                 plgpu.barrier_arrive(q_free)
 
@@ -459,12 +385,12 @@ def _decode_body(
             plgpu.barrier_wait(k_free.at[2 * slot + h])
 
         @pl.when(slot == lax.rem(total, jnp.int32(2)))
-        def _():
+        def see_the_last_block() -> None:
             plgpu.barrier_wait(max_ready.at[other])
             plgpu.barrier_wait(sum_ready.at[other])
 
         @pl.when(slot == 0)
-        def _():
+        def see_free_queries() -> None:
             plgpu.barrier_wait(q_free)
 
     def clear_past_end(slot: jax.Array, valid: jax.Array) -> None:
@@ -472,9 +398,7 @@ def _decode_body(
         for h in range(2):
             for c in range(0, half, 64):
                 values = k_smem.at[slot, h, :, pl.ds(c, 64)]
-                row = plgpu.broadcasted_iota(
-                    jnp.int32, (BLOCK, 64), 0, layout=plgpu.Layout.WGMMA
-                )
+                row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, 64), 0, layout=plgpu.Layout.WGMMA)
                 old = plgpu.load(values, layout=plgpu.Layout.WGMMA)
                 values[...] = jnp.where(row < valid, old, jnp.zeros_like(old))
 
@@ -491,7 +415,7 @@ def _decode_body(
                 columns = pl.ds(c * config.piece, config.piece)
                 plgpu.wgmma(acc, p_smem.at[slot], k_smem.at[slot, h, :, columns])
 
-            def block_body(acc: list[Ref], j: jax.Array, values: Any) -> Any:
+            def block_body(acc: tuple[Ref, ...], j: jax.Array, values: Any) -> Any:
                 slot = lax.rem(g + j, jnp.int32(2))
                 here = slot + lax.optimization_barrier(jnp.int32(0))
                 plgpu.barrier_wait(p_ready.at[slot])
@@ -515,7 +439,7 @@ def _decode_body(
                     ]
 
                 @pl.when(j + 1 < item.n)
-                def _():
+                def free_block() -> None:
                     plgpu.barrier_arrive(k_free.at[2 * slot + h])
 
                 return values
@@ -526,9 +450,7 @@ def _decode_body(
                     values = [plgpu.wgmma_accumulator_load(ref, wait_n=0) for ref in acc]
                 else:
                     zeros = [jnp.zeros((TILE, config.piece), jnp.float32)] * 2
-                    values = lax.fori_loop(
-                        0, item.n, functools.partial(block_body, acc), zeros
-                    )
+                    values = lax.fori_loop(0, item.n, functools.partial(block_body, acc), zeros)
                 finish(g, item, h, values)
 
             if config.interpret is None:
@@ -541,7 +463,7 @@ def _decode_body(
     def finish(g: jax.Array, item: _Item, h: jax.Array, values: list[jax.Array]) -> None:
         """Writes the output of an item through the half buffer of its last block."""
         slot = lax.rem(g + item.n - 1, jnp.int32(2))
-        plgpu.barrier_wait(item_ready)
+        plgpu.barrier_wait(item_ready.at[slot])
         # All warps must be done with the values that the output replaces.
         plgpu.barrier_arrive(drained.at[h])
         plgpu.barrier_wait(drained.at[h])
@@ -556,13 +478,13 @@ def _decode_body(
 
         def store_lse(target: Ref, nothing: float) -> None:
             @pl.when(h == 0)
-            def _():
+            def store() -> None:
                 lse_smem[...] = jnp.where(seen, log_sum, nothing)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(lse_smem.at[here], target.at[rows])
 
         @pl.when(item.whole)
-        def _():
+        def store_result() -> None:
             target = item.seq * h_kv + kv_head
             store_lse(lse.at[target], jnp.inf)
             for c, value in enumerate(values):
@@ -575,7 +497,7 @@ def _decode_body(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(jnp.logical_not(item.whole))
-        def _():
+        def store_partial() -> None:
             target = item.slot * h_kv + kv_head
             store_lse(partial_lse.at[target], -jnp.inf)
             for c, value in enumerate(values):
@@ -591,176 +513,11 @@ def _decode_body(
         plgpu.barrier_arrive(k_free.at[2 * slot + h])
 
     @pl.when(warpgroup < 2)
-    def _():
+    def weights() -> None:
         plgpu.set_max_registers(config.weights_registers, action="decrease")
         make_weights(warpgroup)
 
     @pl.when(warpgroup >= 2)
-    def _():
+    def output() -> None:
         plgpu.set_max_registers(config.output_registers, action="increase")
         accumulate_output(warpgroup - 2)
-
-
-def combine(
-    out: jax.Array,
-    lse: jax.Array,
-    partial_out: jax.Array,
-    partial_lse: jax.Array,
-    metadata: jax.Array,
-    num_splits: jax.Array,
-    config: Config,
-) -> tuple[jax.Array, jax.Array]:
-    """Combines the results of the splits of each sequence that has several, in place.
-
-    Args:
-        out: as `decode` returns it, here and below.
-        lse: likewise.
-        partial_out: likewise.
-        partial_lse: likewise.
-        metadata: the schedule that `decode` ran over.
-        num_splits: likewise.
-        config: likewise.
-
-    Returns:
-        out and lse, those of split sequences filled in; lse is +inf where nothing was seen.
-    """
-    b, parts = num_splits.shape[0] - 1, metadata.shape[0]
-    h_kv = out.shape[0] // b
-    if parts == 1:  # no sequence can be split
-        return out, lse
-    # A split sequence is found by itself, or by the part that holds its last split: the fewer.
-    groups = min(b, parts)
-    # Few sequences may have many splits, which several warpgroups share.
-    warpgroups = 4 if groups * h_kv <= _FEW_SEQUENCES else 1
-    rows = config.rows
-    while rows % 2 == 0 and groups * h_kv * config.rows // rows * warpgroups < _COMBINE_WARPGROUPS:
-        rows //= 2
-    shared = plgpu.SMEM((warpgroups, config.d_v), jnp.float32)
-    refs = jax.new_ref(out), jax.new_ref(lse)
-    kernel = plgpu.kernel(
-        functools.partial(_combine_body, config=config, h_kv=h_kv, rows=rows, by_seq=b <= parts),
-        out_type=(),
-        scratch_types={
-            "outs": shared,
-            "tops": shared,
-            "sums": shared,
-            "ready": plgpu.Barrier(num_arrivals=warpgroups),
-        },
-        grid=(groups, h_kv, config.rows // rows),
-        grid_names=("group", "kv_head", "rows"),
-        num_threads=warpgroups,
-        thread_name="warpgroup",
-        kernel_name="mla_combine",
-        interpret=config.interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
-    kernel(partial_out, partial_lse, metadata, num_splits, *refs)
-    return jax.freeze(refs[0]), jax.freeze(refs[1])
-
-
-_FEW_SEQUENCES = 8
-_COMBINE_WARPGROUPS = 1056  # of the whole grid, at least: eight for each of 132 multiprocessors
-
-
-def _combine_body(
-    partial_out: Ref,
-    partial_lse: Ref,
-    metadata: Ref,
-    num_splits: Ref,
-    out: Ref,
-    lse: Ref,
-    *,
-    config: Config,
-    h_kv: int,
-    rows: int,
-    by_seq: bool,
-    outs: Ref,
-    tops: Ref,
-    sums: Ref,
-    ready: Ref,
-) -> None:
-    group = lax.axis_index("group")
-    kv_head = lax.axis_index("kv_head")
-    first_row = lax.axis_index("rows") * rows
-    warpgroup = lax.axis_index("warpgroup")
-    warpgroups = tops.shape[0]
-    slots = partial_out.shape[0] // h_kv
-    layout = plgpu.Layout.WG_STRIDED((config.d_v,), config.d_v // 128)
-    seq = group if by_seq else jnp.clip(metadata[group, 0], 0, num_splits.shape[0] - 2)
-    first = num_splits[seq]
-    count = num_splits[seq + 1] - first
-    mine = count > 1
-    if not by_seq:
-        mine = jnp.logical_and(mine, metadata[group, 4] == count - 1)
-
-    def splat(x: Any) -> jax.Array:
-        return plgpu.layout_cast(lax.broadcast_in_dim(jnp.float32(x), (config.d_v,), ()), layout)
-
-    def load(ref: Ref) -> jax.Array:
-        return plgpu.load(ref, layout=layout)
-
-    def add(pieces: list[tuple[jax.Array, jax.Array, jax.Array]], state: Any) -> Any:
-        """Adds `(log sum, sum, sum of values)`, each relative to its log sum, to such a state."""
-        top, total, acc = state
-        new = top
-        for x, _, _ in pieces:
-            new = jnp.maximum(new, x)
-        safe = jnp.where(new == -jnp.inf, 0.0, new)
-        factor = jnp.exp(top - safe)
-        total, acc = total * factor, acc * factor
-        for x, weight, value in pieces:
-            factor = jnp.exp(x - safe)
-            total, acc = total + factor * weight, acc + factor * value
-        return new, total, acc
-
-    def splits(row: jax.Array) -> Any:
-        """Combines every `warpgroups`-th split of a row: eight loads at once, then single ones."""
-
-        def step(unroll: int, begin: jax.Array, i: jax.Array, state: Any) -> Any:
-            pieces = []
-            for k in range(unroll):
-                split = (begin + i * unroll + k) * warpgroups + warpgroup
-                # A wrong schedule gives wrong results, but reads what is there.
-                slot = jnp.clip(first + split, 0, slots - 1) * h_kv + kv_head
-                log_sum = splat(partial_lse[slot, row])
-                pieces.append((log_sum, splat(1.0), load(partial_out.at[slot, row])))
-            return add(pieces, state)
-
-        n = lax.div(count - warpgroup + (warpgroups - 1), jnp.int32(warpgroups))
-        state = (splat(-jnp.inf), splat(0.0), splat(0.0))
-        done = jnp.int32(0)
-        for unroll in (8, 2, 1):
-            times = lax.div(n - done, jnp.int32(unroll))
-            state = lax.fori_loop(0, times, functools.partial(step, unroll, done), state)
-            done += times * unroll
-        return state
-
-    @pl.when(mine)
-    def _():
-        @pl.loop(0, rows)
-        def _(r: jax.Array) -> None:
-            row = first_row + r
-
-            def store(state: Any) -> None:
-                top, total, acc = state
-                seen = total > 0
-                total = jnp.where(seen, total, 1.0)
-                target = seq * h_kv + kv_head
-                out[target, row] = (acc / total).astype(out.dtype)
-                lse[target, row] = jnp.where(seen, top + jnp.log(total), jnp.inf).max()
-
-            state = splits(row)
-            if warpgroups == 1:
-                store(state)
-                return
-            tops[warpgroup], sums[warpgroup], outs[warpgroup] = state
-            plgpu.barrier_arrive(ready)
-            plgpu.barrier_wait(ready)
-
-            @pl.when(warpgroup == 0)
-            def _():
-                every = [(load(tops.at[w]), load(sums.at[w]), load(outs.at[w])) for w in range(4)]
-                store(add(every[1:], every[0]))
-
-            plgpu.barrier_arrive(ready)
-            plgpu.barrier_wait(ready)
