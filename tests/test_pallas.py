@@ -24,9 +24,9 @@ RUNS = jax.__version_info__ >= pallas._JAX_VERSION
 needs_new_jax = pytest.mark.skipif(not RUNS, reason=f"jax {jax.__version__} is too old for it")
 
 if RUNS:
-    from pallas_interpreter import CASES, MISTAKES
+    from pallas_interpreter import CASES
 else:
-    CASES, MISTAKES = {}, {}
+    CASES = {}
 
 
 # --- In the interpreter, with race detection ------------------------------------------------------
@@ -45,15 +45,23 @@ def interpret(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @needs_new_jax
-@pytest.mark.parametrize("names", [sorted(CASES)[::2], sorted(CASES)[1::2]], ids=["even", "odd"])
-def test_interpreted_cases(names: list[str]):
-    done = interpret(*names)
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted(case: str):
+    done = interpret(case)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == [word for name in names for word in (name, "ok")]
+    assert done.stdout == f"{case} ok\n"
 
 
 @needs_new_jax
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize(
+    "mistake",
+    [  # some of them, for time: `python tests/pallas_interpreter.py --mistake NAME` makes any
+        "a block is not waited for",
+        "a buffer is freed before the product",
+        "weights are not committed",
+        "the output is not committed",
+    ],
+)
 def test_interpreter_reports(mistake: str):
     done = interpret("--mistake", mistake)
     assert done.returncode != 0
@@ -134,14 +142,15 @@ def assert_whole(pieces, seqlens) -> None:
         assert edges[-1] == max(-(-int(length) // 64), 1)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 7, 66, 132])
+@pytest.mark.parametrize("parts", [1, 7, 132])
 def test_balanced_schedule_takes_every_block_once(parts):
     rng = np.random.default_rng(parts)
-    batches = [[0], [1], [64], [65], [100000], [0, 0, 0], [4096] * 128, [1024] * 16, [64, 64] * 40]
-    batches += [rng.integers(0, high, b) for high in (1, 200, 20000) for b in (1, 5, 66, 200)]
+    schedule = jax.jit(pallas.balanced_schedule, static_argnums=1)
+    batches = [[0], [1], [64], [65], [100000], [0] * 5, [64] * 5, [4096] * 150, [1024] * 150]
+    batches += [rng.integers(0, high, b) for high in (1, 200, 20000) for b in (1, 5, 150)]
     for lengths in batches:
         seqlens = np.asarray(lengths, np.int32)
-        metadata, num_splits = jax.jit(pallas.balanced_schedule, static_argnums=1)(seqlens, parts)
+        metadata, num_splits = schedule(seqlens, parts)
         assert metadata.shape == (parts, 8)
         assert num_splits[-1] <= len(lengths) + parts - 1  # as many results as there is room for
         pieces = walk(metadata, num_splits, seqlens)
@@ -149,9 +158,11 @@ def test_balanced_schedule_takes_every_block_once(parts):
 
 
 def test_balanced_schedule_balances():
+    schedule = jax.jit(pallas.balanced_schedule, static_argnums=1)
+
     def most(lengths, parts):
         seqlens = np.asarray(lengths, np.int32)
-        metadata = np.asarray(pallas.balanced_schedule(seqlens, parts)[0])
+        metadata = np.asarray(schedule(seqlens, parts)[0])
         blocks = np.maximum(-(-seqlens // 64), 1)
         work = []
         for begin_seq, begin, end_seq, end, *_ in metadata:
