@@ -5,6 +5,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,8 @@ from mla_jax.schedule import METADATA_WIDTH
 
 # In order of preference. Each has `unsupported_reason` and `decode`.
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"ffi": ffi, "pallas": pallas, "xla": xla}
+# What a program may be lowered for, wherever it is traced; "default" is any other platform.
+_PLATFORMS = ("cpu", "cuda", "default")
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 Implementation = str | Sequence[str] | None
@@ -81,7 +84,8 @@ def flash_mla_with_kvcache(
             pages.
         implementation: `None` takes the first that supports these inputs here, a name takes that
             one or fails, a sequence of names is an order of preference. "Here" is the default
-            device: to lower for another platform, name "xla".
+            device. A program that is lowered for another platform takes the first that supports
+            the inputs there; of its GPUs no more is known than that they may be Hopper's.
 
     Returns:
         out: `[b, s_q, h_q, head_dim_v]` in q's dtype, 0 where a query sees nothing.
@@ -99,15 +103,35 @@ def flash_mla_with_kvcache(
     schedule = (tile_scheduler_metadata, num_splits)
     options = _check(q, k_cache, block_table, cache_seqlens, head_dim_v, schedule, softmax_scale)
     options |= {"causal": bool(causal), "batch_invariant": bool(batch_invariant)}
-    chosen = _choose(implementation, q=q, k_cache=k_cache, block_table=block_table, **options)
-    if chosen.implementation is None:
-        errors = [NotImplementedError(f"{n}: {why}") for n, why in chosen.reasons.items()]
+    inputs = {"q": q, "k_cache": k_cache, "block_table": block_table} | options
+    here = _choose(implementation, _default_platform(), **inputs)
+    if here.implementation is None:
+        errors = [NotImplementedError(f"{n}: {why}") for n, why in here.reasons.items()]
         if len(errors) == 1:
             raise errors[0]
         raise ExceptionGroup("no implementation can run these inputs here", errors)
-    return _IMPLEMENTATIONS[chosen.implementation].decode(
-        q, k_cache, block_table, cache_seqlens, **options
-    )
+    chosen = [(p, _choose(implementation, p, **inputs).implementation) for p in _PLATFORMS]
+    names = {name for _, name in chosen if name is not None} or {here.implementation}
+    if len(names) == 1:
+        decode = _IMPLEMENTATIONS[names.pop()].decode
+    else:
+        decode = partial(_decode_by_platform, chosen=tuple(chosen))
+    return decode(q, k_cache, block_table, cache_seqlens, **options)
+
+
+@partial(
+    jax.jit, static_argnames=("chosen", "head_dim_v", "softmax_scale", "causal", "batch_invariant")
+)
+def _decode_by_platform(
+    *arrays: jax.Array, chosen: tuple[tuple[str, str | None], ...], **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the implementation that is chosen for the platform that XLA lowers for."""
+    branches = {
+        platform: partial(_IMPLEMENTATIONS[name].decode, **options)
+        for platform, name in chosen
+        if name is not None
+    }
+    return jax.lax.platform_dependent(*arrays, **branches)
 
 
 def explain(
@@ -149,7 +173,14 @@ def explain(
     schedule = (tile_scheduler_metadata, num_splits)
     options = _check(q, k_cache, block_table, cache_seqlens, head_dim_v, schedule, softmax_scale)
     options |= {"causal": bool(causal), "batch_invariant": bool(batch_invariant)}
-    return _choose(implementation, q=q, k_cache=k_cache, block_table=block_table, **options)
+    return _choose(
+        implementation,
+        _default_platform(),
+        q=q,
+        k_cache=k_cache,
+        block_table=block_table,
+        **options,
+    )
 
 
 def check_implementation(implementation: Implementation) -> tuple[str, ...]:
@@ -165,10 +196,19 @@ def check_implementation(implementation: Implementation) -> tuple[str, ...]:
     return names
 
 
-def _choose(implementation: Implementation, **inputs: Any) -> Explanation:
+def _default_platform() -> str:
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None:
+        platform = jax.default_backend()
+    else:
+        platform = device if isinstance(device, str) else device.platform
+    return "cuda" if platform == "gpu" else platform
+
+
+def _choose(implementation: Implementation, platform: str, **inputs: Any) -> Explanation:
     reasons: dict[str, str] = {}
     for name in check_implementation(implementation):
-        reason = _IMPLEMENTATIONS[name].unsupported_reason(**inputs)
+        reason = _IMPLEMENTATIONS[name].unsupported_reason(platform=platform, **inputs)
         if reason is None:
             return Explanation(name, reasons)
         reasons[name] = reason
