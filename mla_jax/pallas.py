@@ -78,11 +78,15 @@ def _default_platform() -> str:
 
 
 def _device_reason() -> str | None:
-    """Names a GPU of this process that the kernels cannot run on."""
+    """Says which GPU of this process the kernels cannot run on, or that there is none.
+
+    Without one, a program for another machine takes another implementation: tracing these kernels,
+    which are traced for all platforms, would slow down every program of a CPU.
+    """
     try:
         devices = jax.local_devices(backend="cuda")
-    except RuntimeError:  # none here: lowered for another machine
-        return None
+    except RuntimeError:
+        return "this process has no NVIDIA GPU"
     for device in devices:
         if device.compute_capability != "9.0":
             return (

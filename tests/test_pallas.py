@@ -224,6 +224,8 @@ def test_refused_inputs(monkeypatch, inputs, expected):
 def test_refused_places(monkeypatch):
     assert reason(platform="cpu") == "not on cpu: Mosaic-GPU kernels run on NVIDIA Hopper GPUs"
     assert "not on rocm" in reason(platform="rocm")
+    if jax.default_backend() == "cpu":
+        assert reason(platform="cuda") == "this process has no NVIDIA GPU"
 
     class Ampere:
         device_kind, compute_capability = "NVIDIA A100", "8.0"
