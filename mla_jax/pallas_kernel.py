@@ -91,7 +91,7 @@ def decode(
     parts = metadata.shape[0]
     groups = config.tiles * h_kv  # CTAs that share a part of the schedule
     half, rope, dtype = config.half, config.rope, q.dtype
-    slots = b + parts
+    slots = b + parts if parts > 1 else 1  # one part splits nothing
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     out_type = (
         jax.ShapeDtypeStruct((b * h_kv, config.rows, config.d_v), dtype),
