@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mla_jax import ffi, xla
+from mla_jax import ffi, pallas, xla
 from mla_jax.schedule import METADATA_WIDTH
 
 # In order of preference. Each has `unsupported_reason` and `decode`.
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"ffi": ffi, "xla": xla}
+_IMPLEMENTATIONS: dict[str, ModuleType] = {"ffi": ffi, "pallas": pallas, "xla": xla}
 # What a program may be lowered for, wherever it is traced; "default" is any other platform.
 _PLATFORMS = ("cpu", "cuda", "default")
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)

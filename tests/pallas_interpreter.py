@@ -1,0 +1,185 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Runs implementation "pallas" in Pallas' interpreter, with race detection, on small problems.
+
+Run: python tests/pallas_interpreter.py CASE [CASE ...] or --mistake NAME
+
+A process of its own: the interpreter holds threads of XLA's pool while barriers are waited for (it
+hangs if there are too few), and a kernel that fails leaves it unusable. Prints what went wrong and
+exits with 1 if a case differs from the oracle or an access is a race.
+
+What it cannot see: waits for products (`wgmma_wait`), layouts, registers, accesses of single warps.
+"""
+
+import os
+
+if __name__ == "__main__":
+    os.environ["NPROC"] = "32"  # threads of XLA's pool
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from reference import assert_close, attend, problem
+
+import mla_jax
+from mla_jax import get_mla_metadata, pallas, pallas_combine
+
+
+class Case(NamedTuple):
+    """Arguments of `problem`, of `decode`, and what to change of the problem."""
+
+    lengths: Sequence[int]
+    problem: Mapping[str, Any] = MappingProxyType({})
+    options: Mapping[str, Any] = MappingProxyType({})
+    bad_pages: Sequence[tuple[int, int, int]] = ()  # sequence, entry, id
+
+
+CASES = {
+    # One part: blocks of several sequences, an empty one between, a full last block; no RoPE.
+    "whole": Case(
+        [70, 0, 128], {"d_k": 512, "page_size": 128, "dtype": jnp.float16}, {"num_sms": 1}
+    ),
+    # Cut into parts of few blocks; several warpgroups combine a row.
+    "split": Case([300, 10], {"h_q": 3}, {"num_sms": 4}),
+    # Two tiles of rows; queries that see nothing; page ids outside the pool.
+    "causal": Case([100, 2, 1], {"s_q": 2, "h_q": 35}, {"causal": True}, [(0, 1, -1), (1, 0, 99)]),
+    # A schedule from outside.
+    "heads": Case([70, 150], {"h_q": 6, "h_kv": 2, "page_size": 16}, {"given": True}),
+    # Splits of one size; one warpgroup combines a row.
+    "invariant": Case(
+        [200, 40], {"d_k": 320, "d_v": 256, "page_size": 8}, {"batch_invariant": True, "few": 0}
+    ),
+}
+
+# Mistakes in pallas_kernel.py: texts that stand there once, and what they become.
+_FREE = """
+                @pl.when(j + 1 < item.n)
+                def free_block() -> None:
+                    plgpu.barrier_arrive(k_free.at[2 * slot + h])
+"""
+_FREE_QUERIES = """
+                @pl.when(j + 2 >= item.n)
+                def free_queries() -> None:
+                    plgpu.barrier_arrive(q_free)
+"""
+_FACTOR = "                factor = _row_vector(factors.at[slot])\n"
+_SCORES = "                scores = pl.run_scoped("
+MISTAKES: dict[str, dict[str, str]] = {
+    "a block is not waited for": {"plgpu.barrier_wait(k_full.at[2 * slot + h])": "pass"},
+    "queries are not waited for": {
+        "def wait_for_queries() -> None:\n                    plgpu.barrier_wait(q_full)": (
+            "def wait_for_queries() -> None:\n                    pass"
+        )
+    },
+    "weights are not waited for": {"plgpu.barrier_wait(p_ready.at[slot])": "pass"},
+    "maxima are not waited for": {
+        "plgpu.barrier_wait(max_ready.at[other])\n                before": "before"
+    },
+    "a buffer is loaded before it is free": {
+        "plgpu.barrier_wait(k_free.at[2 * slot + h])\n                    load": "load"
+    },
+    "a buffer is freed before the product": {_FREE: "", _FACTOR: _FREE + _FACTOR},
+    "queries are freed before the scores": {_FREE_QUERIES: "", _SCORES: _FREE_QUERIES + _SCORES},
+    "weights are not committed": {
+        "plgpu.commit_smem()\n                plgpu.barrier_arrive(p_ready": (
+            "plgpu.barrier_arrive(p_ready"
+        )
+    },
+    "the output is not committed": {
+        "plgpu.commit_smem()\n            plgpu.copy_smem_to_gmem(\n                k_smem": (
+            "plgpu.copy_smem_to_gmem(\n                k_smem"
+        )
+    },
+}
+
+
+def track_products() -> None:
+    """Makes the interpreter check the reads of `wgmma` for races, which it leaves out.
+
+    A product is taken to be over when it has been issued: its operands are read through the
+    asynchronous proxy, as TMA reads shared memory, so what was not committed is a race.
+    """
+    issue = gpu_callbacks.wgmma
+
+    @gpu_callbacks.fail_on_exception
+    @functools.wraps(issue)
+    def wgmma(*, thread: Any, source_info: Any = None, **operands: Any) -> Any:
+        memory = gpu_callbacks._get_shared_memory()
+        clock = memory.incr_clock(thread)
+        clock.inc(memory.get_next_tma_thread_id())
+        for name in ("a", "b"):
+            key = operands[f"{name}_allocation_key_as_array"]
+            transforms = gpu_callbacks._remove_noop_transforms(operands[f"{name}_transforms"])
+            key = gpu_callbacks.HostAllocationKey.from_array(key)
+            access = memory.access(key, jax.tree.map(int, transforms))
+            gpu_callbacks.get_races().check_read(
+                thread, clock.async_smem_clock.copy(), key, access, source_info=source_info
+            )
+        with memory.lock:
+            memory.clocks[thread].update(clock)
+        return issue(thread=thread, source_info=source_info, **operands)
+
+    gpu_callbacks.wgmma = wgmma
+
+
+def run(case: Case) -> None:
+    """Runs a case and compares it with the oracle."""
+    options = {"causal": False, "batch_invariant": False, "num_sms": 2} | dict(case.options)
+    p = problem(case.lengths, **case.problem)
+    for sequence, entry, page in case.bad_pages:
+        p.block_table[sequence, entry] = page
+    schedule: tuple[Any, ...] = ()
+    pallas_combine._FEW_SEQUENCES = options.pop("few", 8)
+    if options.pop("given", False):
+        heads = p.q.shape[2] // p.k_cache.shape[2]
+        schedule = get_mla_metadata(
+            jnp.asarray(p.cache_seqlens), p.q.shape[1] * heads, p.k_cache.shape[2], num_sms=4
+        )
+    got = pallas.decode(
+        *p.arrays(),
+        *schedule,
+        head_dim_v=p.head_dim_v,
+        softmax_scale=p.q.shape[-1] ** -0.5,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+        **options,
+    )
+    assert_close(jax.tree.map(np.asarray, got), attend(p, causal=options["causal"]))
+    assert not gpu_callbacks.get_races().races_found
+
+
+def make_mistake(changes: dict[str, str]) -> None:
+    """Puts a changed copy of pallas_kernel in the place of the module."""
+    spec = importlib.util.find_spec("mla_jax.pallas_kernel")
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).read_text()
+    for old, new in changes.items():
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    mla_jax.pallas_kernel = module
+    exec(compile(source, "mistake", "exec"), module.__dict__)
+
+
+if __name__ == "__main__":
+    pallas._INVARIANT_BLOCKS = 2
+    track_products()
+    if sys.argv[1] == "--mistake":
+        make_mistake(MISTAKES[sys.argv[2]])
+        run(Case([200, 130], options={"num_sms": 1}))
+        sys.exit()
+    for name in sys.argv[1:]:
+        run(CASES[name])
+        print(name, "ok", flush=True)

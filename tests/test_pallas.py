@@ -1,0 +1,282 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Implementation "pallas" without a GPU: interpreted, lowered, scheduled, refused.
+
+Where there is a Hopper GPU, test_decode.py holds it to the oracle with the other implementations.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mla_jax
+from mla_jax import pallas
+from mla_jax.pallas_config import Config
+
+RUNS = jax.__version_info__ >= pallas._JAX_VERSION
+needs_new_jax = pytest.mark.skipif(not RUNS, reason=f"jax {jax.__version__} is too old for it")
+
+if RUNS:
+    from pallas_interpreter import CASES
+else:
+    CASES = {}
+
+
+# --- In the interpreter, with race detection ------------------------------------------------------
+
+
+def interpret(*arguments: str) -> subprocess.CompletedProcess:
+    script = Path(__file__).with_name("pallas_interpreter.py")
+    path = os.pathsep.join([str(Path(mla_jax.__file__).parents[1]), *sys.path])
+    return subprocess.run(
+        [sys.executable, str(script), *arguments],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@needs_new_jax
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted(case: str):
+    done = interpret(case)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == f"{case} ok\n"
+
+
+@needs_new_jax
+@pytest.mark.parametrize(
+    "mistake",
+    [  # some of them, for time: `python tests/pallas_interpreter.py --mistake NAME` makes any
+        "a block is not waited for",
+        "a buffer is freed before the product",
+        "weights are not committed",
+        "the output is not committed",
+    ],
+)
+def test_interpreter_reports(mistake: str):
+    done = interpret("--mistake", mistake)
+    assert done.returncode != 0
+    assert "RACE DETECTED" in done.stderr or "ValueError" in done.stderr, done.stderr
+
+
+# --- Lowered for a GPU that is not there ----------------------------------------------------------
+
+TEMPLATES = [
+    # b, s_q, h_q, h_kv, d_k, d_v, page_size, dtype, causal
+    (2, 1, 16, 1, 576, 512, 64, jnp.bfloat16, False),
+    (2, 2, 128, 1, 576, 512, 128, jnp.bfloat16, True),
+    (1, 3, 9, 1, 576, 512, 16, jnp.float16, True),
+    (200, 1, 6, 2, 512, 512, 32, jnp.float16, False),
+    (2, 1, 64, 1, 320, 256, 8, jnp.bfloat16, True),
+    (2, 1, 1, 1, 256, 256, 64, jnp.float16, False),
+    (1, 1, 16384, 1, 576, 512, 64, jnp.bfloat16, False),  # nothing to combine: one part
+]
+
+
+@needs_new_jax
+@pytest.mark.parametrize("template", TEMPLATES, ids=str)
+def test_lowers_for_cuda(template):
+    b, s_q, h_q, h_kv, d_k, d_v, page_size, dtype, causal = template
+    shapes = (
+        jax.ShapeDtypeStruct((b, s_q, h_q, d_k), dtype),
+        jax.ShapeDtypeStruct((20, page_size, h_kv, d_k), dtype),
+        jax.ShapeDtypeStruct((b, 8), jnp.int32),
+        jax.ShapeDtypeStruct((b,), jnp.int32),
+    )
+    assert pallas.kernel_reason(*shapes[:3], d_v) is None
+
+    def call(*arrays):
+        return pallas.decode(
+            *arrays,
+            head_dim_v=d_v,
+            softmax_scale=0.1,
+            causal=causal,
+            batch_invariant=False,
+            num_sms=132,
+        )
+
+    exported = jax.export.export(jax.jit(call), platforms=["cuda"])(*shapes)
+    assert [x.shape for x in exported.out_avals] == [(b, s_q, h_q, d_v), (b, h_q, s_q)]
+    calls = exported.mlir_module().count("@mosaic_gpu")
+    assert calls == (1 if h_q == 16384 else 2)  # decode and combine
+
+
+# --- Schedules ------------------------------------------------------------------------------------
+
+
+def walk(metadata, num_splits, seqlens) -> list[list[tuple[int, int]]]:
+    """Follows a schedule as the kernel does; returns each sequence's blocks by split."""
+    metadata, num_splits = np.asarray(metadata), np.asarray(num_splits)
+    b = len(seqlens)
+    found = [dict() for _ in range(b)]
+    for begin_seq, begin, end_seq, end, split, *_ in metadata:
+        last = end_seq if end > 0 else end_seq - 1
+        for seq in range(begin_seq, min(last, b - 1) + 1):
+            blocks = max(-(-int(seqlens[seq]) // 64), 1)
+            first = begin if seq == begin_seq else 0
+            past = min(end, blocks) if seq == end_seq else blocks
+            index = split if seq == begin_seq else 0
+            assert index not in found[seq]
+            found[seq][index] = (int(first), int(past))
+    counts = num_splits[1:] - num_splits[:-1]
+    assert num_splits[0] == 0
+    for pieces, count in zip(found, counts, strict=True):
+        assert sorted(pieces) == list(range(count))
+    return [[pieces[i] for i in sorted(pieces)] for pieces in found]
+
+
+def assert_whole(pieces, seqlens) -> None:
+    for splits, length in zip(pieces, seqlens, strict=True):
+        edges = [0, *(past for _, past in splits)]
+        assert [first for first, _ in splits] == edges[:-1]
+        assert all(first < past for first, past in splits)
+        assert edges[-1] == max(-(-int(length) // 64), 1)
+
+
+@pytest.mark.parametrize("parts", [1, 7, 132])
+def test_balanced_schedule_takes_every_block_once(parts):
+    rng = np.random.default_rng(parts)
+    schedule = jax.jit(pallas.balanced_schedule, static_argnums=1)
+    batches = [[0], [1], [64], [65], [100000], [0] * 5, [64] * 5, [4096] * 150, [1024] * 150]
+    batches += [rng.integers(0, high, b) for high in (1, 200, 20000) for b in (1, 5, 150)]
+    for lengths in batches:
+        seqlens = np.asarray(lengths, np.int32)
+        metadata, num_splits = schedule(seqlens, parts)
+        assert metadata.shape == (parts, 8)
+        assert num_splits[-1] <= len(lengths) + parts - 1  # as many results as there is room for
+        pieces = walk(metadata, num_splits, seqlens)
+        assert_whole(pieces, seqlens)
+
+
+def test_balanced_schedule_balances():
+    schedule = jax.jit(pallas.balanced_schedule, static_argnums=1)
+
+    def most(lengths, parts):
+        seqlens = np.asarray(lengths, np.int32)
+        metadata = np.asarray(schedule(seqlens, parts)[0])
+        blocks = np.maximum(-(-seqlens // 64), 1)
+        work = []
+        for begin_seq, begin, end_seq, end, *_ in metadata:
+            line = np.concatenate([[0], np.cumsum(blocks)])
+            work.append(line[min(end_seq, len(blocks))] + end - line[min(begin_seq, len(blocks))])
+            work[-1] -= begin
+        return max(work), sum(work)
+
+    assert most([65536], 132) == (8, 1024)
+    assert most([4096] * 128, 132) == (64, 8192)  # whole sequences
+    assert most([4096] * 128, 66) == (128, 8192)
+    assert most([8192] * 16, 66) == (32, 2048)  # four parts each
+    largest, total = most([64 * (i + 1) for i in range(100)], 132)
+    assert largest <= 1.25 * total / 132
+
+
+def test_invariant_schedule_does_not_depend_on_the_batch():
+    chunk = pallas._INVARIANT_BLOCKS * 64
+    lengths = np.asarray([0, 1, chunk, chunk + 1, 5 * chunk - 3], np.int32)
+    pieces = walk(*pallas.invariant_schedule(lengths, 5 * chunk), lengths)
+    assert_whole(pieces, lengths)
+    assert [len(p) for p in pieces] == [1, 1, 1, 2, 5]
+    for i, length in enumerate(lengths):
+        alone = walk(*pallas.invariant_schedule(lengths[i : i + 1], 9 * chunk), [length])
+        assert alone == pieces[i : i + 1]
+
+
+# --- Refusals -------------------------------------------------------------------------------------
+
+
+def reason(*, b=2, h_q=4, d_k=576, d_v=512, page_size=64, width=3, dtype=jnp.bfloat16, **options):
+    shapes = {
+        "q": jax.ShapeDtypeStruct((b, 1, h_q, d_k), dtype),
+        "k_cache": jax.ShapeDtypeStruct((5, page_size, 1, d_k), dtype),
+        "block_table": jax.ShapeDtypeStruct((b, width), jnp.int32),
+    }
+    return pallas.unsupported_reason(**shapes, head_dim_v=d_v, **options)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        ({"dtype": jnp.float32}, "q: got dtype float32, the kernels take bfloat16 and float16"),
+        ({"d_v": 128}, "head_dim_v: got 128, the kernels take 256 and 512"),
+        ({"d_k": 544}, "q: got d_k 544, the kernels take head_dim_v or head_dim_v \\+ 64"),
+        ({"page_size": 48}, "k_cache: got page_size 48, the kernels take 8, 16, 32, 64 and 128"),
+        ({"width": 2**25}, "block_table: got 33554432 pages of 64 tokens .* take 2\\^30 tokens"),
+    ],
+)
+@needs_new_jax
+def test_refused_inputs(monkeypatch, inputs, expected):
+    monkeypatch.setattr(pallas, "_device_reason", lambda: None)
+    assert reason(platform="cuda") is None
+    refused = reason(platform="cuda", **inputs)
+    assert refused is not None
+    assert re.search(expected, refused), refused
+
+
+def test_refused_places(monkeypatch):
+    assert reason(platform="cpu") == "not on cpu: Mosaic-GPU kernels run on NVIDIA Hopper GPUs"
+    assert "not on rocm" in reason(platform="rocm")
+    if jax.default_backend() == "cpu":
+        assert reason(platform="cuda") == "this process has no NVIDIA GPU"
+
+    class Ampere:
+        device_kind, compute_capability = "NVIDIA A100", "8.0"
+
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [Ampere()])
+    assert reason(platform="cuda") == (
+        "NVIDIA A100 has compute capability 8.0, the kernels are for 9.0 (Hopper: H100, H200, "
+        "GH200)"
+    )
+    monkeypatch.setattr(Ampere, "compute_capability", "9.0")
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    monkeypatch.setattr(jax, "__version__", "0.10.2")
+    assert reason(platform="cuda") == "it needs jax 0.11 or newer, this is 0.10.2"
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="for CPUs")
+def test_a_cpu_process_does_not_choose_it():
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in [
+            ((2, 1, 4, 576), jnp.bfloat16),
+            ((5, 64, 1, 576), jnp.bfloat16),
+            ((2, 3), jnp.int32),
+            ((2,), jnp.int32),
+        ]
+    ]
+    assert mla_jax.explain(*shapes, 512).implementation in ("ffi", "xla")
+    found = mla_jax.explain(*shapes, 512, implementation="pallas")
+    assert found.implementation is None
+    assert "not on cpu" in found.reasons["pallas"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"page_size": 24}, "page_size: got 24, expected a power of two in 8..128"),
+        ({"d_k": 544}, "d_k, d_v: got 544, 512, expected d_v 256 or 512, d_k - d_v 0 or 64"),
+        ({"weights_registers": 100}, "registers: expected multiples of 8"),
+        ({"output_registers": 168}, "registers: got 96 \\+ 168, expected at most 256"),
+    ],
+)
+def test_config_refuses(changes, expected):
+    right = {
+        "d_k": 576,
+        "d_v": 512,
+        "page_size": 64,
+        "heads_per_kv": 4,
+        "s_q": 1,
+        "causal": False,
+        "scale": 0.1,
+    }
+    Config(**right)
+    with pytest.raises(ValueError, match=expected):
+        Config(**(right | changes))
