@@ -24,24 +24,23 @@ _JAX_VERSION = (0, 11)
 
 def unsupported_reason(
     *,
+    platform: str,
     q: Any,
     k_cache: Any,
     block_table: Any,
     head_dim_v: int,
-    platform: str | None = None,
     **_: object,
 ) -> str | None:
     """Says why these inputs cannot run on a platform, or None.
 
     Args:
+        platform: as XLA names it: "cpu", "cuda", another.
         q: as for `mla_jax.flash_mla_with_kvcache`, already checked; here and below.
         k_cache: as there.
         block_table: as there.
         head_dim_v: as there.
-        platform: as XLA names it; by default that of the default device.
     """
-    platform = _default_platform() if platform is None else platform
-    if platform not in ("cuda", "gpu"):
+    if platform != "cuda":
         return f"not on {platform}: Mosaic-GPU kernels run on NVIDIA Hopper GPUs"
     reason = _device_reason()
     if reason is not None:
@@ -68,13 +67,6 @@ def kernel_reason(q: Any, k_cache: Any, block_table: Any, head_dim_v: int) -> st
             "the kernels take 2^30 tokens"
         )
     return None
-
-
-def _default_platform() -> str:
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
 
 
 def _device_reason() -> str | None:
