@@ -99,6 +99,8 @@ def print_report(report: Report, console: Console) -> None:
         mean = geometric_mean(values)
         if mean is not None:
             console.print(f"{name}: geometric mean {mean:.3f}", markup=False)
+    if any((r.of_floor or 0) > 1 for row in report.rows for r in row.results.values()):
+        console.print("above 1 of the floor: the ceilings, in plain JAX, came out too low")
     for line in _reasons(report.rows):
         console.print(line, markup=False)
 
