@@ -1,6 +1,6 @@
 # Copyright 2026 The mla-jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `mla-jax generate` and `mla-jax info`."""
+"""The command line: `mla-jax generate`, `mla-jax bench` and `mla-jax info`."""
 
 import argparse
 import importlib.metadata
@@ -9,17 +9,26 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from tokenizers import Tokenizer
 
 import mla_jax
+from mla_jax.bench import cases, op
+from mla_jax.bench import report as reporting
 from mla_jax.cache import PagedKVCache
 from mla_jax.checkpoint import read_json
 from mla_jax.config import DTYPES, DeepseekConfig
@@ -93,6 +102,23 @@ def _parser() -> argparse.ArgumentParser:
         choices=DTYPES,
         help="of parameters and computation; default: the checkpoint's, but float32 on a CPU",
     )
+
+    command = commands.add_parser("bench", help="measure our implementations and the peers")
+    modes = command.add_subparsers(title="what to measure", required=True, metavar="MODE")
+    command = modes.add_parser("op", parents=[common], help="one call of the attention op")
+    command.set_defaults(run=_bench_op)
+    add = command.add_argument
+    source = command.add_mutually_exclusive_group()
+    source.add_argument(
+        "--shapes", nargs="+", metavar="B,S_Q,S_K,H_Q", help="such as 128,1,4096,128"
+    )
+    source.add_argument("--model", choices=cases.MODELS, help="decode steps of a model")
+    add("--varlen", action="store_true", help="lengths that differ, s_k on average")
+    add("--compare", nargs=2, metavar=("A", "B"), help="add how many times as fast as B A is")
+    add("--implementations", nargs="+", metavar="NAME", help="ours and peers; default: all")
+    add("--rounds", type=int, default=7, metavar="N", help="of which the median counts; default 7")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
+    add("--out", type=Path, metavar="FOLDER", help="write results.json and pictures there")
 
     command = commands.add_parser(
         "info", parents=[common], help="show devices, versions and the implementation that runs"
@@ -261,6 +287,43 @@ def _explain(
         causal=True,
         implementation=implementation,
     )
+
+
+def _bench_op(args: argparse.Namespace) -> None:
+    platform = jax.default_backend()
+    if args.shapes is not None:
+        shapes = [cases.parse_shape(text) for text in args.shapes]
+    elif args.model is not None:
+        shapes = cases.model_shapes(args.model, platform)
+    else:
+        shapes = list(cases.CPU_SHAPES if platform == "cpu" else cases.GPU_SHAPES)
+    if args.varlen:
+        shapes = [replace(shape, varlen=True) for shape in shapes]
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task("ceilings", total=len(shapes) * (args.rounds + 3))
+        found = op.run(
+            shapes,
+            dtype=args.dtype,
+            implementations=args.implementations,
+            compare=args.compare,
+            rounds=args.rounds,
+            tick=lambda what: progress.update(task, advance=1, description=what),
+            # A run that is stopped keeps the rows that it has.
+            done=lambda so_far: None if args.out is None else reporting.write(so_far, args.out),
+        )
+    missing = None if args.out is None else reporting.draw(found, args.out)
+    if args.json:
+        print(json.dumps(reporting.to_json(found)))
+    else:
+        out = Console(highlight=False, soft_wrap=True)
+        reporting.print_report(
+            found, out if out.is_terminal else Console(highlight=False, width=200)
+        )
+    if missing is not None:
+        print(f"mla-jax: {missing}", file=sys.stderr)
 
 
 def _info(args: argparse.Namespace) -> None:

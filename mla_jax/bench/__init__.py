@@ -1,0 +1,6 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Measurements, for `mla-jax bench`: our implementations, and the peers found installed.
+
+Imports go one way: op -> {peers, report, timing} -> cases. Only `peers` knows torch.
+"""

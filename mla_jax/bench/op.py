@@ -1,0 +1,263 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""`mla-jax bench op`: one call of the op by everything that can run it here, shape by shape."""
+
+import functools
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mla_jax.bench import cases
+from mla_jax.bench.cases import Data, Shape
+from mla_jax.bench.peers import PEERS, PeerVariant
+from mla_jax.bench.peers import unsupported_reason as peer_reason
+from mla_jax.bench.timing import Ceilings, JaxVariant, Variant, interleave, measure_ceilings
+from mla_jax.config import DTYPES
+from mla_jax.decode import check_implementation, explain, flash_mla_with_kvcache
+
+# Error of a sequence, relative to its norm, above which a result counts as wrong. A right kernel is
+# off by half as much; float32 leaves room for the shorter format in which GPUs multiply.
+BOUNDS = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 2e-3}
+# XLA compiles a loop for each call of `xla`, and a GPU has long enough to run with few.
+_MAX_CALLS = {"xla": 4}
+
+Tick = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one variant gave at one shape.
+
+    Attributes:
+        us: microseconds of a call, the median over rounds; None where noise covers it.
+        us_low: the lower quartile.
+        us_high: the upper quartile.
+        of_floor: floor over `us`: 1 is the most the device gives.
+        error: largest relative error of the sequences checked against float64.
+        correct: whether it is within the bound of the dtype.
+        calls: calls in the program that was timed.
+    """
+
+    us: float | None
+    us_low: float | None
+    us_high: float | None
+    of_floor: float | None
+    error: float
+    correct: bool
+    calls: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """The results at one shape.
+
+    Attributes:
+        shape: of the call.
+        tokens: cached tokens of all sequences.
+        bytes: that must move.
+        flops: that must be done.
+        floor_us: the larger of both bounds, by the ceilings of this run.
+        results: by name.
+        reasons: why the others gave none, by name.
+    """
+
+    shape: Shape
+    tokens: int
+    bytes: int
+    flops: int
+    floor_us: float
+    results: dict[str, Result]
+    reasons: dict[str, str]
+
+    def speedup(self, name: str, other: str) -> float | None:
+        """Returns how many times as fast `name` is as `other`, if both are right and timed."""
+        times = []
+        for key in (other, name):
+            result = self.results.get(key)
+            if result is None or result.us is None or not result.correct:
+                return None
+            times.append(result.us)
+        return times[0] / times[1]
+
+    def better_peer(self) -> str | None:
+        """Names the fastest peer that is right."""
+        found = {
+            peer: r.us
+            for peer in PEERS
+            if (r := self.results.get(peer)) is not None and r.correct and r.us is not None
+        }
+        return min(found, key=found.__getitem__) if found else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole run.
+
+    Attributes:
+        dtype: of queries and cache.
+        rounds: that count.
+        ceilings: of the device, measured in this run.
+        names: what was asked for, ours first.
+        compare: two names whose ratio is wanted, or None.
+        rows: one a shape.
+    """
+
+    dtype: str
+    rounds: int
+    ceilings: Ceilings
+    names: tuple[str, ...]
+    compare: tuple[str, str] | None
+    rows: list[Row]
+
+    @property
+    def ours(self) -> tuple[str, ...]:
+        """The names that are implementations of this package."""
+        return tuple(name for name in self.names if name not in PEERS)
+
+
+def variant_names(implementations: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Returns the names to measure, ours first; all there are by default.
+
+    Raises:
+        ValueError: a name is unknown or there is none.
+    """
+    known = (*check_implementation(None), *PEERS)
+    if implementations is None:
+        return known
+    unknown = [name for name in implementations if name not in known]
+    if unknown or not implementations:
+        raise ValueError(
+            f"implementations: got {list(implementations)!r}, expected some of {list(known)}"
+        )
+    return tuple(name for name in known if name in implementations)
+
+
+def run(
+    shapes: Sequence[Shape],
+    *,
+    dtype: str = "bfloat16",
+    implementations: Sequence[str] | None = None,
+    compare: Sequence[str] | None = None,
+    rounds: int = 7,
+    tick: Tick = lambda _: None,
+    done: Callable[[Report], None] = lambda _: None,
+    ceilings: Ceilings | None = None,
+) -> Report:
+    """Measures the op at each shape, the variants in turn.
+
+    Args:
+        shapes: what to measure.
+        dtype: "bfloat16", "float16" or "float32".
+        implementations: names of ours and of peers; all by default.
+        compare: two of them, for their ratio.
+        rounds: measurements of which the median counts.
+        tick: told what is under way, `rounds + 3` times a shape.
+        done: given the report so far after each shape.
+        ceilings: of the device, if known; measured by default.
+
+    Raises:
+        ValueError: an argument is wrong.
+    """
+    names = variant_names(implementations)
+    if not shapes:
+        raise ValueError("shapes: got none, expected at least one")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
+    if rounds < 1:
+        raise ValueError(f"rounds: got {rounds}, expected at least 1")
+    if compare is not None and (len(set(compare)) != 2 or not set(compare) <= set(names)):
+        raise ValueError(f"compare: got {list(compare)!r}, expected two of {list(names)}")
+    kind = jnp.dtype(dtype)
+    pair = None if compare is None else (compare[0], compare[1])
+    found = ceilings or measure_ceilings(kind, jax.default_backend())
+    report = Report(dtype, rounds, found, names, pair, [])
+    for shape in shapes:
+        report.rows.append(_measure(shape, kind, names, rounds, found, tick))
+        done(report)
+        gc.collect()  # caches of the last shape, before those of the next
+    return report
+
+
+def _measure(
+    shape: Shape,
+    dtype: jnp.dtype,
+    names: Sequence[str],
+    rounds: int,
+    ceilings: Ceilings,
+    tick: Tick,
+) -> Row:
+    calls = _num_calls(shape, dtype.itemsize)
+    tick(f"{shape}: data")
+    data = cases.draw(shape, 2 * calls, dtype)
+    checked = cases.some_sequences(shape.lengths())
+    expected = cases.reference(*data.call(0), checked)
+    tick(f"{shape}: compilation")
+    variants: dict[str, Variant] = {}
+    errors, reasons = {}, {}
+    for name in names:
+        reason = _reason(name, shape, data)
+        if reason is None:
+            try:
+                variants[name] = _variant(name, shape, data, calls)
+                got = variants[name].first_result()
+                errors[name] = cases.relative_error(got[checked], expected)
+                continue
+            except Exception as error:  # one that fails must not take the others with it
+                variants.pop(name, None)
+                text = " ".join(str(error).split())[:300]
+                reason = f"failed: {type(error).__name__}: {text}"
+        reasons[name] = reason
+    times = interleave(variants, rounds, tick=lambda: tick(f"{shape}: rounds"))
+    moved, flops = shape.moved_bytes(dtype.itemsize), shape.flops()
+    floor = ceilings.floor(moved, flops)
+    results = {}
+    for name, time in times.items():
+        results[name] = Result(
+            us=None if time is None else 1e6 * time.median,
+            us_low=None if time is None else 1e6 * time.low,
+            us_high=None if time is None else 1e6 * time.high,
+            of_floor=None if time is None else floor / time.median,
+            error=errors[name],
+            correct=errors[name] <= BOUNDS[dtype.name],
+            calls=variants[name].calls,
+        )
+    tokens = int(shape.lengths().sum(dtype=np.int64))
+    return Row(shape, tokens, moved, flops, 1e6 * floor, results, reasons)
+
+
+def _num_calls(shape: Shape, itemsize: int) -> int:
+    """Counts the calls of a program: each pool once, and enough that a launch does not show."""
+    pools = cases.num_pools(shape, itemsize)
+    if jax.default_backend() == "cpu":
+        return max(pools, 2)
+    size = shape.cache_bytes(itemsize)
+    return max(pools, 4 if size > 1e9 else 10 if size > 1e8 else 24)
+
+
+def _op(name: str, shape: Shape) -> functools.partial[Any]:
+    return functools.partial(
+        flash_mla_with_kvcache,
+        head_dim_v=cases.D_V,
+        softmax_scale=cases.SCALE,
+        causal=shape.causal,
+        implementation=name,
+    )
+
+
+def _reason(name: str, shape: Shape, data: Data) -> str | None:
+    if name in PEERS:
+        return peer_reason(name, data.queries[0].dtype.name)
+    options = _op(name, shape).keywords
+    return explain(*data.call(0), **options).reasons.get(name)
+
+
+def _variant(name: str, shape: Shape, data: Data, calls: int) -> Variant:
+    if name in PEERS:
+        return PeerVariant(name, shape, data, calls)
+    calls = min(calls, _MAX_CALLS.get(name, calls))
+    return JaxVariant(_op(name, shape), data, calls, chained=jax.default_backend() == "cpu")

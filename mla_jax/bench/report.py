@@ -1,0 +1,175 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves: a table in the terminal, results.json, and pictures where matplotlib is."""
+
+import datetime
+import importlib.util
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+import mla_jax
+from mla_jax.bench.op import Report, Result, Row
+
+
+def ratios(report: Report) -> dict[str, list[float | None]]:
+    """Returns the ratio columns, one value a row, by heading: how many times as fast.
+
+    Each of ours against the better of the peers, and the pair of `--compare`.
+    """
+    columns: dict[str, list[float | None]] = {}
+    for name in report.ours:
+        peers = [(row, row.better_peer()) for row in report.rows]
+        values = [None if p is None else row.speedup(name, p) for row, p in peers]
+        if any(value is not None for value in values):
+            columns[f"{name} over better peer"] = values
+    if report.compare is not None:
+        first, second = report.compare
+        values = [row.speedup(first, second) for row in report.rows]
+        columns[f"{first} over {second}"] = values
+    return columns
+
+
+def geometric_mean(values: list[float | None]) -> float | None:
+    """Returns the geometric mean of the values that are there, or None."""
+    logs = [math.log(value) for value in values if value is not None]
+    return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """Returns the run as JSON holds it; an error that is not finite is null."""
+    rows = []
+    for row in report.rows:
+        entry = asdict(row)
+        entry["shape"]["causal"] = row.shape.causal
+        for result in entry["results"].values():
+            result["error"] = result["error"] if math.isfinite(result["error"]) else None
+        entry["better_peer"] = row.better_peer()
+        rows.append(entry)
+    columns = ratios(report)
+    return {
+        "schema": 1,
+        "command": "op",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": jax.devices()[0].device_kind,
+        "versions": {"mla-jax": mla_jax.__version__, "jax": jax.__version__},
+        "dtype": report.dtype,
+        "rounds": report.rounds,
+        "ceilings": {
+            "read_bytes_per_second": report.ceilings.read,
+            "product_flops_per_second": report.ceilings.product,
+        },
+        "rows": rows,
+        "ratios": columns,
+        "geometric_means": {name: geometric_mean(values) for name, values in columns.items()},
+    }
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Prints the table, what was not measured and why, and the geometric means."""
+    ceilings, columns = report.ceilings, ratios(report)
+    console.print(
+        f"{jax.devices()[0].device_kind}, {report.dtype}, median of {report.rounds} rounds; "
+        f"ceilings of this run: read {ceilings.read / 1e9:.0f} GB/s, "
+        f"product {ceilings.product / 1e12:.2f} TFLOP/s",
+        markup=False,
+    )
+    console.print("each cell: us, floor over it, relative error against float64", markup=False)
+    ran = [name for name in report.names if any(name in row.results for row in report.rows)]
+    table = Table(box=SIMPLE)
+    for heading in ("b", "s_q", "s_k", "h_q", "floor us", *ran, *columns):
+        table.add_column(heading, justify="right")
+    for i, row in enumerate(report.rows):
+        shape = row.shape
+        cells = [str(shape.b), f"{shape.s_q}{'c' if shape.causal else ''}"]
+        cells += [f"{shape.s_k}{' varlen' if shape.varlen else ''}", str(shape.h_q)]
+        cells += [f"{row.floor_us:.1f}"]
+        cells += [_cell(row.results.get(name)) for name in ran]
+        cells += ["-" if v[i] is None else f"{v[i]:.2f}" for v in columns.values()]
+        table.add_row(*cells)
+    console.print(table)
+    for name, values in columns.items():
+        mean = geometric_mean(values)
+        if mean is not None:
+            console.print(f"{name}: geometric mean {mean:.3f}", markup=False)
+    if any((r.of_floor or 0) > 1 for row in report.rows for r in row.results.values()):
+        console.print("above 1 of the floor: the ceilings, in plain JAX, came out too low")
+    for line in _reasons(report.rows):
+        console.print(line, markup=False)
+
+
+def _cell(result: Result | None) -> str:
+    if result is None:
+        return "-"
+    time = "noise" if result.us is None else f"{result.us:.1f} {result.of_floor:.2f}"
+    return f"{time} {result.error:.1e}" + ("" if result.correct else " [red]WRONG[/red]")
+
+
+def _reasons(rows: list[Row]) -> list[str]:
+    """Says once why a variant is absent, with the shapes where it is not absent everywhere."""
+    shapes: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for name, why in row.reasons.items():
+            shapes.setdefault((name, why), []).append(str(row.shape))
+    return [
+        f"not {name}{'' if len(where) == len(rows) else ' at ' + ' '.join(where)}: {why}"
+        for (name, why), where in shapes.items()
+    ]
+
+
+def write(report: Report, folder: Path) -> None:
+    """Writes results.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(to_json(report), indent=1, allow_nan=False)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+
+
+def draw(report: Report, folder: Path) -> str | None:
+    """Draws roofline.png and, where there is a ratio, speedup.png; says why where it cannot."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "no pictures: they need matplotlib (pip install 'mla-jax[bench]')"
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    ceilings = report.ceilings
+    ridge = ceilings.product / ceilings.read
+    intensities = [row.flops / row.bytes for row in report.rows]
+    left, right = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
+    roof = [min(x * ceilings.read, ceilings.product) / 1e12 for x in (left, ridge, right)]
+    axes.loglog([left, ridge, right], roof, color="black", label="ceilings of this run")
+    for name in report.names:
+        points = [
+            (row.flops / row.bytes, row.flops / r.us / 1e6)
+            for row in report.rows
+            if (r := row.results.get(name)) is not None and r.us is not None and r.correct
+        ]
+        if points:
+            axes.loglog(*zip(*points, strict=True), "o", label=name, alpha=0.7)
+    axes.set(xlabel="operations per byte", ylabel="TFLOP/s", title=jax.devices()[0].device_kind)
+    axes.legend()
+    figure.savefig(folder / "roofline.png", dpi=150)
+
+    columns = ratios(report)
+    if not columns:
+        return "no speedup.png: it needs a peer, or --compare"
+    figure = Figure(figsize=(7, 1.5 + 0.3 * len(report.rows) * len(columns)), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(columns)
+    for i, (name, values) in enumerate(columns.items()):
+        places = [y + i * height for y in range(len(report.rows))]
+        axes.barh(places, [value or 0 for value in values], height, align="edge", label=name)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks([y + 0.4 for y in range(len(report.rows))], [str(r.shape) for r in report.rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="times as fast", ylabel="b,s_q,s_k,h_q")
+    axes.legend()
+    figure.savefig(folder / "speedup.png", dpi=150)
+    return None

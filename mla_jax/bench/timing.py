@@ -1,0 +1,208 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""How it is measured: device time of JAX programs, variants in turn, the ceilings of the device.
+
+JAX has no timer on the device. A program that makes n calls and one that makes 2n differ by n calls
+on the device and by nothing else: (T(2n) - T(n)) / n holds no dispatch, no launch of the program
+and no wait for its end.
+"""
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mla_jax.bench.cases import Data
+
+Clock = Callable[[], float]
+Op = Callable[..., tuple[jax.Array, jax.Array]]
+_PAUSE = 0.002  # seconds between measurements: a card near its power limit slows who comes next
+
+
+class Variant(Protocol):
+    """Something that can be timed, and whose result can be checked."""
+
+    calls: int
+
+    def first_result(self) -> np.ndarray:
+        """Returns what call 0 of the timed program gives, `[b, s_q, h_q, 512]`."""
+
+    def measure(self) -> float:
+        """Returns the seconds of a call, measured once."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a call over the rounds: the median and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+
+def slope(short: Callable[[], Any], long: Callable[[], Any], calls: int, clock: Clock) -> float:
+    """Returns the seconds of a call from a program of `calls` calls and one of twice as many."""
+    once = _seconds(short, clock)
+    return (_seconds(long, clock) - once) / calls
+
+
+def _seconds(program: Callable[[], Any], clock: Clock) -> float:
+    start = clock()
+    result = jax.block_until_ready(program())
+    seconds = clock() - start
+    del result  # freed outside the measurement
+    return seconds
+
+
+class JaxVariant:
+    """A JAX form of the op, as two programs of `calls` and `2 * calls` calls.
+
+    The calls are unrolled, and each has its own inputs, so that XLA can neither merge nor hoist.
+    Both programs take all inputs: passing them costs the host the same. All results are returned,
+    so that none is left out.
+
+    Args:
+        op: takes q, k_cache, block_table and cache_seqlens; gives out and lse.
+        data: inputs of `2 * calls` calls.
+        calls: of the shorter program.
+        chained: makes each call wait for the one before. XLA runs independent operations of a CPU
+            program at once; on a GPU it keeps them in order, and the wait would cost a kernel.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        op: Op,
+        data: Data,
+        calls: int,
+        *,
+        chained: bool = False,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.calls = calls
+        self._clock = clock
+
+        def program(num_calls: int) -> Callable[[], Any]:
+            def run(data: tuple[Any, ...]) -> list[tuple[jax.Array, jax.Array]]:
+                view, results = Data(*data), []
+                lengths = view.lengths
+                for i in range(num_calls):
+                    out, lse = op(*view.call(i)[:3], lengths)
+                    if chained:
+                        lengths = lengths + jnp.isnan(lse[:, 0, 0]).astype(jnp.int32)
+                    results.append((out, lse))
+                return results
+
+            jitted = jax.jit(run, keep_unused=True)
+            fields = (data.queries[: 2 * calls], data.pools, data.tables[: 2 * calls], data.lengths)
+            return lambda: jitted(fields)
+
+        self._short, self._long = program(calls), program(2 * calls)
+
+    def first_result(self) -> np.ndarray:
+        """Compiles both programs and returns `out` of the longer one's first call."""
+        jax.block_until_ready(self._short())
+        return np.asarray(self._long()[0][0])
+
+    def measure(self) -> float:
+        """Returns the seconds of a call on the device."""
+        return slope(self._short, self._long, self.calls, self._clock)
+
+
+def interleave(
+    variants: Mapping[str, Variant],
+    rounds: int,
+    *,
+    seed: int = 0,
+    sleep: Callable[[float], None] = time.sleep,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, Times | None]:
+    """Measures the variants in turn, in another order each round.
+
+    Args:
+        variants: by name.
+        rounds: that count; one more comes first and does not.
+        seed: of the orders.
+        sleep: pauses for some seconds.
+        tick: called after each round.
+
+    Returns:
+        The times by name; None where the noise is as large as what was measured.
+    """
+    rng = random.Random(seed)
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name in rng.sample(list(variants), len(variants)):
+            sleep(_PAUSE)
+            seconds = variants[name].measure()
+            if number:
+                samples[name].append(seconds)
+        tick()
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(values: Sequence[float]) -> Times | None:
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return Times(float(median), float(low), float(high)) if median > 0 else None
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device gives at best: bytes read and operations of a matrix product, a second."""
+
+    read: float
+    product: float
+
+    def floor(self, moved_bytes: float, flops: float) -> float:
+        """Returns the least seconds that work can take: the larger of its two bounds."""
+        return max(moved_bytes / self.read, flops / self.product)
+
+
+def measure_ceilings(dtype: jnp.dtype, platform: str, clock: Clock = time.perf_counter) -> Ceilings:
+    """Measures the ceilings with plain JAX: sums of large arrays, products of large matrices.
+
+    The best form counts: sums along rows or columns; on a CPU products in float32 as well, which
+    XLA multiplies faster there than narrower types.
+    """
+    small = platform == "cpu"
+    calls = 2 if small else 4
+    rows, columns = (2**12, 2**12) if small else (2**14, 2**14)
+    arrays = [jnp.full((rows, columns), i, jnp.float32) for i in range(2 * calls)]
+    sums = [
+        _rate(lambda x, axis=axis: x.sum(axis), arrays, calls, clock)  # type: ignore[misc]
+        for axis in (0, 1)
+    ]
+    read = max(sums) * arrays[0].nbytes
+    del arrays
+
+    n = 1024 if small else 8192
+    keys = jax.random.split(jax.random.key(0), 2 * calls)
+    products = []
+    for kind in {jnp.dtype(dtype), jnp.dtype(jnp.float32)} if small else {jnp.dtype(dtype)}:
+        matrices = [jax.random.normal(key, (n, n), jnp.float32).astype(kind) for key in keys]
+        products.append(_rate(lambda x: x @ x.T, matrices, calls, clock))
+    return Ceilings(read, max(products) * 2 * n**3)
+
+
+def _rate(
+    function: Callable[[jax.Array], jax.Array], arrays: list[jax.Array], calls: int, clock: Clock
+) -> float:
+    """Returns the calls a second of a function, each on another array."""
+
+    def program(num_calls: int) -> Callable[[], Any]:
+        jitted = jax.jit(lambda xs: [function(x) for x in xs[:num_calls]], keep_unused=True)
+        return lambda: jitted(arrays)
+
+    # The best of several: a ceiling is what the device can give, not what a busy one gave.
+    times = []
+    for run in (program(calls), program(2 * calls)):
+        jax.block_until_ready(run())
+        times.append(min(_seconds(run, clock) for _ in range(7)))
+    if times[1] <= times[0]:
+        raise RuntimeError("the device is too busy to be measured: twice the work took no longer")
+    return calls / (times[1] - times[0])
