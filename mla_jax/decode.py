@@ -3,8 +3,9 @@
 """The op: checks of the arguments and choice of the implementation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax import ffi, xla
+from mla_jax.batching import fold_vmap
 from mla_jax.schedule import METADATA_WIDTH
 
 # In order of preference. Each has `unsupported_reason` and `decode`.
@@ -105,9 +107,19 @@ def flash_mla_with_kvcache(
         if len(errors) == 1:
             raise errors[0]
         raise ExceptionGroup("no implementation can run these inputs here", errors)
-    return _IMPLEMENTATIONS[chosen.implementation].decode(
-        q, k_cache, block_table, cache_seqlens, **options
-    )
+    decode = _IMPLEMENTATIONS[chosen.implementation].decode
+    return _attend(q, k_cache, block_table, cache_seqlens, decode=decode, **options)
+
+
+# Jitted, so that a call outside `jit` traces what it is wrapped in once and not each time.
+@partial(
+    jax.jit, static_argnames=("decode", "head_dim_v", "softmax_scale", "causal", "batch_invariant")
+)
+def _attend(
+    *arrays: jax.Array, decode: Callable[..., Any], **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Runs an implementation as JAX's transformations see it."""
+    return fold_vmap(partial(decode, **options))(*arrays)
 
 
 def explain(

@@ -123,36 +123,19 @@ def decode(
         out `[b, s_q, h_q, head_dim_v]` in q's dtype and lse `[b, h_q, s_q]` float32.
 
     Raises:
-        NotImplementedError: it is differentiated, or lowered for another platform than the CPU.
+        NotImplementedError: it is lowered for another platform than the CPU.
     """
     del batch_invariant
-
-    # Batched by hand: one call of b * batch sequences, not a loop of calls.
-    @jax.custom_batching.custom_vmap
-    def call(*arrays: jax.Array) -> Any:
-        # Fails when it is lowered for a platform that has no branch here, not when it runs there.
-        return jax.lax.platform_dependent(
-            *arrays,
-            cpu=functools.partial(
-                _call_cpu, head_dim_v=head_dim_v, softmax_scale=softmax_scale, causal=causal
-            ),
-        )
-
-    @call.def_vmap
-    def call_batched(size: int, batched: list[bool], *arrays: jax.Array) -> Any:
-        out, lse = call(*_fold(size, batched, *arrays))
-        unfolded = (x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in (out, lse))
-        return tuple(unfolded), (True, True)
-
-    @jax.custom_jvp
-    def differentiable(*arrays: jax.Array) -> Any:
-        return call(*arrays)
-
-    @differentiable.defjvp
-    def refuse(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError("ffi: flash_mla_with_kvcache has no gradient yet")
-
-    return differentiable(q, k_cache, block_table, cache_seqlens)
+    # Fails when it is lowered for a platform that has no branch here, not when it runs there.
+    return jax.lax.platform_dependent(
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        cpu=functools.partial(
+            _call_cpu, head_dim_v=head_dim_v, softmax_scale=softmax_scale, causal=causal
+        ),
+    )
 
 
 def _call_cpu(
@@ -165,33 +148,3 @@ def _call_cpu(
     )
     call = jax.ffi.ffi_call(_TARGET, shapes)
     return tuple(call(q, *arrays, softmax_scale=np.float32(softmax_scale), causal=causal))
-
-
-def _fold(
-    size: int,
-    batched: list[bool],
-    q: jax.Array,
-    k_cache: jax.Array,
-    block_table: jax.Array,
-    cache_seqlens: jax.Array,
-) -> tuple[jax.Array, ...]:
-    """Joins a mapped axis, first where `batched`, with the sequences and, if mapped, the pools."""
-
-    def join(x: jax.Array, is_batched: bool) -> jax.Array:
-        x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-        return x.reshape(size * x.shape[1], *x.shape[2:])
-
-    if batched[1]:
-        num_pages = k_cache.shape[1]
-        k_cache = join(k_cache, True)
-        # Page i of pool n is now n * num_pages + i; what is in no pool must not enter another's.
-        first = num_pages * jnp.arange(size, dtype=jnp.int32)[:, None, None]
-        valid = (block_table >= 0) & (block_table < num_pages)
-        block_table = jnp.where(valid, block_table + first, -1)
-        batched = [batched[0], True, True, batched[3]]
-    return (
-        join(q, batched[0]),
-        k_cache,
-        join(block_table, batched[2]),
-        join(cache_seqlens, batched[3]),
-    )

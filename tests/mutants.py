@@ -82,10 +82,12 @@ MUTANTS = {
         "test_decode.py -k 'not grid'",
     ),
     "vmap lets ids of one pool into the next": Mutant(
-        "ffi.py", "jnp.where(valid, block_table + first, -1)", "block_table + first", "test_ffi.py"
+        "batching.py", "jnp.where(valid, block_table + first, -1)", "block_table + first",
+        "test_ffi.py",
     ),
     "vmap forgets which pool": Mutant(
-        "ffi.py", "jnp.where(valid, block_table + first, -1)", "jnp.where(valid, block_table, -1)",
+        "batching.py", "jnp.where(valid, block_table + first, -1)",
+        "jnp.where(valid, block_table, -1)",
         "test_ffi.py test_decode.py -k vmap",
     ),
     "library for a newer FFI registered": Mutant(
