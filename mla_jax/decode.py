@@ -15,6 +15,7 @@ import numpy as np
 
 from mla_jax import ffi, xla
 from mla_jax.batching import fold_vmap
+from mla_jax.gradient import differentiable
 from mla_jax.schedule import METADATA_WIDTH
 
 # In order of preference. Each has `unsupported_reason` and `decode`.
@@ -62,6 +63,10 @@ def flash_mla_with_kvcache(
     `head_dim_v` channels of the keys, as absorbed Multi-head Latent Attention has them
     (DeepSeek-V2, arXiv:2405.04434, section 2.1). Shapes are static; lengths and tables are data,
     and no value of them compiles anything anew.
+
+    Reverse-mode gradients by `q` and `k_cache`, of both results, are plain XLA for every
+    implementation, with memory that grows with the pool and not with `s_q * s_k`. Slots and pages
+    that are not read get zeros.
 
     Args:
         q: `[b, s_q, h_q, d_k]` bfloat16, float16 or float32. Head `i` reads KV head
@@ -119,7 +124,9 @@ def _attend(
     *arrays: jax.Array, decode: Callable[..., Any], **options: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Runs an implementation as JAX's transformations see it."""
-    return fold_vmap(partial(decode, **options))(*arrays)
+    attend = fold_vmap(partial(decode, **options))
+    scale, causal = options["softmax_scale"], options["causal"]
+    return differentiable(attend, softmax_scale=scale, causal=causal)(*arrays)
 
 
 def explain(
