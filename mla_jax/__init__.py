@@ -16,5 +16,7 @@ from mla_jax.module import MultiHeadLatentAttention as MultiHeadLatentAttention
 from mla_jax.rope import RopeConfig as RopeConfig
 from mla_jax.rope import YarnScaling as YarnScaling
 from mla_jax.schedule import get_mla_metadata as get_mla_metadata
+from mla_jax.sharding import context_parallel_decode as context_parallel_decode
+from mla_jax.sharding import shard as shard
 
 __version__ = "0.1.0"

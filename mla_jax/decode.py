@@ -16,6 +16,7 @@ import numpy as np
 from mla_jax import ffi, xla
 from mla_jax.batching import fold_vmap
 from mla_jax.gradient import differentiable
+from mla_jax.partitioning import partitioned
 from mla_jax.schedule import METADATA_WIDTH
 
 # In order of preference. Each has `unsupported_reason` and `decode`.
@@ -124,8 +125,9 @@ def _attend(
     *arrays: jax.Array, decode: Callable[..., Any], **options: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Runs an implementation as JAX's transformations see it."""
-    attend = fold_vmap(partial(decode, **options))
-    scale, causal = options["softmax_scale"], options["causal"]
+    causal = options.pop("causal")
+    attend = fold_vmap(partitioned(partial(decode, **options), causal=causal))
+    scale = options["softmax_scale"]
     return differentiable(attend, softmax_scale=scale, causal=causal)(*arrays)
 
 
