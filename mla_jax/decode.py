@@ -3,7 +3,7 @@
 """The op: checks of the arguments and choice of the implementation."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -21,6 +21,8 @@ from mla_jax.schedule import METADATA_WIDTH
 
 # In order of preference. Each has `unsupported_reason` and `decode`.
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"ffi": ffi, "xla": xla}
+# What a program may be lowered for, wherever it is traced; "default" is any other platform.
+_PLATFORMS = ("cpu", "cuda", "default")
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 Implementation = str | Sequence[str] | None
@@ -89,7 +91,8 @@ def flash_mla_with_kvcache(
             pages.
         implementation: `None` takes the first that supports these inputs here, a name takes that
             one or fails, a sequence of names is an order of preference. "Here" is the default
-            device: to lower for another platform, name "xla".
+            device. A program that is lowered for another platform takes the first that supports
+            the inputs there; of its GPUs no more is known than that they may be Hopper's.
 
     Returns:
         out: `[b, s_q, h_q, head_dim_v]` in q's dtype, 0 where a query sees nothing.
@@ -107,28 +110,42 @@ def flash_mla_with_kvcache(
     schedule = (tile_scheduler_metadata, num_splits)
     options = _check(q, k_cache, block_table, cache_seqlens, head_dim_v, schedule, softmax_scale)
     options |= {"causal": bool(causal), "batch_invariant": bool(batch_invariant)}
-    chosen = _choose(implementation, q=q, k_cache=k_cache, block_table=block_table, **options)
-    if chosen.implementation is None:
-        errors = [NotImplementedError(f"{n}: {why}") for n, why in chosen.reasons.items()]
+    inputs = {"q": q, "k_cache": k_cache, "block_table": block_table} | options
+    here = _choose(implementation, _default_platform(), **inputs)
+    if here.implementation is None:
+        errors = [NotImplementedError(f"{n}: {why}") for n, why in here.reasons.items()]
         if len(errors) == 1:
             raise errors[0]
         raise ExceptionGroup("no implementation can run these inputs here", errors)
-    decode = _IMPLEMENTATIONS[chosen.implementation].decode
-    return _attend(q, k_cache, block_table, cache_seqlens, decode=decode, **options)
+    chosen = tuple((p, _choose(implementation, p, **inputs).implementation) for p in _PLATFORMS)
+    names = check_implementation(implementation)
+    return _attend(q, k_cache, block_table, cache_seqlens, names=names, chosen=chosen, **options)
 
 
-# Jitted, so that a call outside `jit` traces what it is wrapped in once and not each time.
+# Jitted, so that a call outside `jit` traces what it is wrapped in once and not each time. `chosen`
+# is a key of that: what is installed and where may change what runs.
 @partial(
-    jax.jit, static_argnames=("decode", "head_dim_v", "softmax_scale", "causal", "batch_invariant")
+    jax.jit,
+    static_argnames=("names", "chosen", "head_dim_v", "softmax_scale", "causal", "batch_invariant"),
 )
 def _attend(
-    *arrays: jax.Array, decode: Callable[..., Any], **options: Any
+    *arrays: jax.Array, names: tuple[str, ...], chosen: Any, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Runs an implementation as JAX's transformations see it."""
     causal = options.pop("causal")
-    attend = fold_vmap(partitioned(partial(decode, **options), causal=causal))
+    attend = fold_vmap(partitioned(partial(_run, names=names, **options), causal=causal))
     scale = options["softmax_scale"]
     return differentiable(attend, softmax_scale=scale, causal=causal)(*arrays)
+
+
+def _run(*arrays: jax.Array, names: tuple[str, ...], **options: Any) -> Any:
+    """Runs, for these shapes (on a mesh, one device's), what suits the platform lowered for."""
+    inputs = dict(zip(("q", "k_cache", "block_table"), arrays, strict=False)) | options
+    chosen = {p: _choose(names, p, **inputs).implementation for p in _PLATFORMS}
+    branches = {p: partial(_IMPLEMENTATIONS[n].decode, **options) for p, n in chosen.items() if n}
+    if len({name for name in chosen.values() if name}) == 1:
+        return next(iter(branches.values()))(*arrays)
+    return jax.lax.platform_dependent(*arrays, **branches)
 
 
 def explain(
@@ -170,7 +187,14 @@ def explain(
     schedule = (tile_scheduler_metadata, num_splits)
     options = _check(q, k_cache, block_table, cache_seqlens, head_dim_v, schedule, softmax_scale)
     options |= {"causal": bool(causal), "batch_invariant": bool(batch_invariant)}
-    return _choose(implementation, q=q, k_cache=k_cache, block_table=block_table, **options)
+    return _choose(
+        implementation,
+        _default_platform(),
+        q=q,
+        k_cache=k_cache,
+        block_table=block_table,
+        **options,
+    )
 
 
 def check_implementation(implementation: Implementation) -> tuple[str, ...]:
@@ -186,10 +210,19 @@ def check_implementation(implementation: Implementation) -> tuple[str, ...]:
     return names
 
 
-def _choose(implementation: Implementation, **inputs: Any) -> Explanation:
+def _default_platform() -> str:
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None:
+        platform = jax.default_backend()
+    else:
+        platform = device if isinstance(device, str) else device.platform
+    return "cuda" if platform == "gpu" else platform
+
+
+def _choose(implementation: Implementation, platform: str, **inputs: Any) -> Explanation:
     reasons: dict[str, str] = {}
     for name in check_implementation(implementation):
-        reason = _IMPLEMENTATIONS[name].unsupported_reason(**inputs)
+        reason = _IMPLEMENTATIONS[name].unsupported_reason(platform=platform, **inputs)
         if reason is None:
             return Explanation(name, reasons)
         reasons[name] = reason

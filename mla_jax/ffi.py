@@ -1,15 +1,17 @@
 # Copyright 2026 The mla-jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Implementation "ffi": our compiled library, called by XLA through its foreign function interface.
+"""Implementation "ffi": our compiled libraries, called through XLA's foreign function interface.
 
-On a CPU it is the op in C++ (xla_ffi/cpu). The library is optional: where it is absent or cannot
-run under this jaxlib, `unsupported_reason` says why.
+On an NVIDIA Hopper GPU it is the CUDA kernel (xla_ffi/cuda), on a CPU the op in C++ (xla_ffi/cpu):
+one target name, and XLA takes the one of the platform that it lowers for. Each library is optional:
+where it is absent or cannot run under this jaxlib, `unsupported_reason` says why.
 """
 
 import ctypes
 import functools
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 
 _TARGET = "mla_jax_decode"
+PLATFORMS = ("cpu", "cuda")
+_COMPILER = {"cpu": "C++", "cuda": "CUDA"}
 
 
 class LibraryError(Exception):
-    """Why the library cannot be used."""
+    """Why a library cannot be used."""
 
 
-def find_library() -> Path:
-    """Returns the path of the library, or raises `LibraryError`."""
+def find_library(platform: str) -> Path:
+    """Returns the path of a platform's library, or raises `LibraryError`."""
     # By the import system: the folder of an editable install's sources does not hold the library.
-    spec = importlib.util.find_spec("mla_jax.mla_jax_cpu")
+    spec = importlib.util.find_spec(f"mla_jax.mla_jax_{platform}")
     if spec is None or spec.origin is None:
         raise LibraryError(
-            "the library mla_jax_cpu is not installed: pip found no C++ compiler when it "
-            "installed mla-jax, or the package runs from its sources"
+            f"the library mla_jax_{platform} is not installed: pip found no {_COMPILER[platform]} "
+            "compiler when it installed mla-jax, or the package runs from its sources"
         )
     return Path(spec.origin)
 
@@ -43,13 +47,13 @@ def _runtime_version() -> tuple[int, int]:
     return int(found["MAJOR"]), int(found["MINOR"])
 
 
-def _load() -> ctypes.CDLL:
-    """Loads the library and registers its targets, or raises `LibraryError`."""
-    path = find_library()
+def _load(platform: str) -> ctypes.CDLL:
+    """Loads a platform's library and registers its target, or raises `LibraryError`."""
+    path = find_library(platform)
     try:
         library = ctypes.CDLL(str(path))
         built = (library.mla_jax_ffi_major(), library.mla_jax_ffi_minor())
-        handler = library.mla_jax_decode_cpu
+        handler = getattr(library, f"mla_jax_decode_{platform}")
     except (OSError, AttributeError) as error:
         raise LibraryError(f"{path} does not load: {error}") from error
     runtime = _runtime_version()
@@ -59,45 +63,106 @@ def _load() -> ctypes.CDLL:
             f"{path} was built for XLA FFI {built[0]}.{built[1]}, this jaxlib has "
             f"{runtime[0]}.{runtime[1]}: build it with a jaxlib that is no newer than this one"
         )
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+    # JAX keeps it until there is such a platform in the process.
+    name = {"cpu": "cpu", "cuda": "CUDA"}[platform]
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler), platform=name)
     return library
 
 
 @functools.cache
-def _library_reason() -> str | None:
-    """Loads the library once per process; says why it cannot be used, or None."""
+def _library_reason(platform: str) -> str | None:
+    """Loads a library once per process; says why it cannot be used, or None."""
     try:
-        _load()
+        _load(platform)
     except LibraryError as error:
         return str(error)
     return None
 
 
 def instruction_set() -> str:
-    """Names the instruction set that the library uses: "baseline", "avx2" or "avx512".
+    """Names the instruction set that the CPU's library uses: "baseline", "avx2" or "avx512".
 
     The environment variable MLA_JAX_CPU_ISA, read once per process, caps it.
     """
-    library = _load()
+    library = _load("cpu")
     library.mla_jax_cpu_isa.restype = ctypes.c_char_p
     return library.mla_jax_cpu_isa().decode()
 
 
-def _default_platform() -> str:
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
+@functools.cache
+def _workspace_bytes() -> int:
+    library = _load("cuda")
+    library.mla_jax_cuda_workspace_bytes.restype = ctypes.c_size_t
+    return library.mla_jax_cuda_workspace_bytes()
 
 
-def unsupported_reason(**_: object) -> str | None:
-    """Says why these inputs cannot run here, or None: on a CPU all valid ones can."""
-    platform = _default_platform()
-    if platform in ("cuda", "gpu"):
-        return "the CUDA kernel is not connected yet; ffi runs on CPUs"
-    if platform != "cpu":
-        return f"the default device is a {platform}, ffi runs on CPUs"
-    return _library_reason()
+def unsupported_reason(
+    *,
+    platform: str,
+    q: Any,
+    k_cache: Any,
+    block_table: Any,
+    head_dim_v: int,
+    batch_invariant: bool,
+    **_: object,
+) -> str | None:
+    """Says why these inputs cannot run on a platform, or None: a CPU takes all valid ones.
+
+    Args:
+        platform: as XLA names it: "cpu", "cuda", another.
+        q: as for `mla_jax.flash_mla_with_kvcache`, already checked; here and below.
+        k_cache: as there.
+        block_table: as there.
+        head_dim_v: as there.
+        batch_invariant: as there.
+    """
+    if platform not in PLATFORMS:
+        return f"not on {platform}: it runs on CPUs and on NVIDIA Hopper GPUs"
+    if platform == "cuda":
+        reason = _kernel_reason(q, k_cache, block_table, head_dim_v, batch_invariant)
+        reason = _device_reason() or reason
+        if reason is not None:
+            return reason
+    return _library_reason(platform)
+
+
+def _kernel_reason(
+    q: Any, k_cache: Any, block_table: Any, head_dim_v: int, batch_invariant: bool
+) -> str | None:
+    """Says what the CUDA kernel does not take; xla_ffi/handlers/cuda.cc checks the same."""
+    page_size = k_cache.shape[1]
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"q: got dtype {q.dtype}, the CUDA kernel takes bfloat16 and float16"
+    if q.shape[3] not in (512, 576):
+        return f"q: got d_k {q.shape[3]}, the CUDA kernel takes 576 and 512"
+    if head_dim_v != 512:
+        return f"head_dim_v: got {head_dim_v}, the CUDA kernel takes 512"
+    if page_size not in (16, 32, 64, 128):
+        return f"k_cache: got page_size {page_size}, the CUDA kernel takes 16, 32, 64 and 128"
+    b, max_pages = block_table.shape
+    if max_pages * page_size > 2**30 or b * max_pages * page_size > 2**34:
+        return (
+            f"block_table: got {b} x {max_pages} pages of {page_size} tokens, the CUDA "
+            "kernel takes 2^30 tokens a sequence and 2^34 in all"
+        )
+    if batch_invariant:
+        return "batch_invariant: the CUDA kernel cuts sequences as the batch needs it"
+    return None
+
+
+def _device_reason() -> str | None:
+    """Names a GPU of this process that the CUDA kernel cannot run on."""
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:  # none here: lowered for another machine, where the handler will look
+        return None
+    for device in devices:
+        if device.compute_capability != "9.0":
+            return (
+                f"{device.device_kind} has compute capability {device.compute_capability}, "
+                "the CUDA kernel is for 9.0 (Hopper: H100, H200, GH200)"
+            )
+    return None
 
 
 @functools.partial(
@@ -117,34 +182,55 @@ def decode(
     """Attends each query to the cached tokens of its sequence.
 
     The arguments are those of `mla_jax.flash_mla_with_kvcache`, already checked. On a CPU a row's
-    arithmetic is its own, so `batch_invariant` asks for nothing more.
+    arithmetic is its own, so `batch_invariant` asks for nothing more; CUDA refuses it.
 
     Returns:
         out `[b, s_q, h_q, head_dim_v]` in q's dtype and lse `[b, h_q, s_q]` float32.
 
     Raises:
-        NotImplementedError: it is lowered for another platform than the CPU.
+        NotImplementedError: it is lowered for a platform that cannot run it.
     """
-    del batch_invariant
+    options = {"head_dim_v": head_dim_v, "softmax_scale": softmax_scale, "causal": causal}
+    inputs: dict[str, Any] = {"q": q, "k_cache": k_cache, "block_table": block_table} | options
+    calls: dict[str, Callable[..., Any]] = {"cpu": _call_cpu, "cuda": _call_cuda}
+    branches = {
+        platform: functools.partial(call, **options)
+        for platform, call in calls.items()
+        if unsupported_reason(platform=platform, batch_invariant=batch_invariant, **inputs) is None
+    }
     # Fails when it is lowered for a platform that has no branch here, not when it runs there.
-    return jax.lax.platform_dependent(
-        q,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        cpu=functools.partial(
-            _call_cpu, head_dim_v=head_dim_v, softmax_scale=softmax_scale, causal=causal
-        ),
+    return jax.lax.platform_dependent(q, k_cache, block_table, cache_seqlens, **branches)
+
+
+def _result_shapes(q: jax.Array, head_dim_v: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    b, s_q, h_q, _ = q.shape
+    return (
+        jax.ShapeDtypeStruct((b, s_q, h_q, head_dim_v), q.dtype),
+        jax.ShapeDtypeStruct((b, h_q, s_q), jnp.float32),
     )
 
 
 def _call_cpu(
     q: jax.Array, *arrays: jax.Array, head_dim_v: int, softmax_scale: float, causal: bool
 ) -> Any:
-    b, s_q, h_q, _ = q.shape
-    shapes = (
-        jax.ShapeDtypeStruct((b, s_q, h_q, head_dim_v), q.dtype),
-        jax.ShapeDtypeStruct((b, h_q, s_q), jnp.float32),
-    )
-    call = jax.ffi.ffi_call(_TARGET, shapes)
+    call = jax.ffi.ffi_call(_TARGET, _result_shapes(q, head_dim_v))
     return tuple(call(q, *arrays, softmax_scale=np.float32(softmax_scale), causal=causal))
+
+
+def _call_cuda(
+    q: jax.Array,
+    k_cache: jax.Array,
+    *arrays: jax.Array,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool,
+) -> Any:
+    b, s_q, h_q, d_k = q.shape
+    h_kv = k_cache.shape[2]
+    if h_kv > 1:  # the kernel wants all rows that read the same keys at one stride
+        q = q.reshape(b, s_q, h_kv, h_q // h_kv, d_k).swapaxes(2, 3).reshape(q.shape)
+    # Partial results of split sequences: memory of the call, which no one else reads.
+    workspace = jax.ShapeDtypeStruct((_workspace_bytes(),), jnp.uint8)
+    call = jax.ffi.ffi_call(_TARGET, (*_result_shapes(q, head_dim_v), workspace))
+    options = {"softmax_scale": np.float32(softmax_scale), "causal": causal}
+    return tuple(call(q, k_cache, *arrays, **options)[:2])

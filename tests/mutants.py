@@ -177,8 +177,9 @@ def caught_by(mutant: Mutant) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         package = Path(shutil.copytree(ROOT / "mla_jax", Path(folder, "mla_jax")))
         Path(folder, "sitecustomize.py").write_text(_NO_EDITABLE_INSTALL)
-        with contextlib.suppress(ffi.LibraryError):
-            shutil.copy(ffi.find_library(), package)
+        for platform in ffi.PLATFORMS:
+            with contextlib.suppress(ffi.LibraryError):
+                shutil.copy(ffi.find_library(platform), package)
         source = package / mutant.file
         text = source.read_text()
         if text.count(mutant.old) != 1:

@@ -42,6 +42,9 @@ typedef struct MlaDecodeParams {
 } MlaDecodeParams;
 
 enum { MLA_SM90_MAX_CTAS = 264 };
+// max_pages_per_seq * page_size of one sequence and of all: the kernel counts in 32 bits.
+#define MLA_SM90_MAX_SEQUENCE_TOKENS (INT64_C(1) << 30)
+#define MLA_SM90_MAX_BATCH_TOKENS (INT64_C(1) << 34)
 
 // Bytes of workspace for partial results on a device of `num_sms` multiprocessors.
 size_t mla_sm90_decode_workspace_bytes(int num_sms);

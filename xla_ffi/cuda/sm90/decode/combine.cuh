@@ -63,7 +63,6 @@ struct CombineScratch {
 };
 
 // What combining threads need to find and place things.
-template <int kCtas>
 struct Combination {
   const DecodeArgs& args;
   CombineScratch& scratch;
@@ -78,8 +77,7 @@ struct Combination {
 };
 
 // Turns the pieces' statistics into factors for their sums; a quad of threads takes a row.
-template <int kCtas>
-__device__ __forceinline__ void find_factors(const Combination<kCtas>& c, bool write_lse) {
+__device__ __forceinline__ void find_factors(const Combination& c, bool write_lse) {
   const int row = threadIdx.x / 4, member = threadIdx.x % 4;
   if (row < 16 * c.row_groups) {  // whole warps
     float max = kNegativeInfinity, sum = 0.f;
@@ -108,14 +106,15 @@ __device__ __forceinline__ void find_factors(const Combination<kCtas>& c, bool w
 
 // A unit is one fragment index of one warp of the partial outputs: 32 float4. A warp sums kUnits
 // units at a time, kPieces pieces of each, so that 16 loads are under way; with more than 16
-// pieces, all warps share one unit.
-template <typename T, int kUnits, int kPieces, int kCtas>
-__device__ __forceinline__ void combine_units(const Combination<kCtas>& c, int share) {
+// pieces, all warps share one unit. The factors are found while the first loads are.
+template <typename T, int kUnits, int kPieces>
+__device__ __forceinline__ void combine_units(const Combination& c, int share) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool together = c.split.pieces > 16;
   const int units = 64 * c.row_groups;
   const int member = together ? warp : 0, team = together ? 8 : 1;
   const int stride = c.split.helpers * (8 / team);  // to this warp's next unit
+  bool factors_known = false;
 
   for (int base = share; base < units; base += stride * kUnits) {
     const int first_unit = base + (together ? 0 : warp * c.split.helpers);
@@ -142,6 +141,8 @@ __device__ __forceinline__ void combine_units(const Combination<kCtas>& c, int s
           }
         }
       }
+      if (!factors_known) find_factors(c, share == 0);
+      factors_known = true;
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
@@ -186,22 +187,22 @@ __device__ __forceinline__ void combine_units(const Combination<kCtas>& c, int s
 }
 
 // Waits for all pieces and combines this part's share; called by all consumers.
-template <typename T, int kCtas>
-__device__ __forceinline__ void combine(const DecodeArgs& args, const Place<kCtas>& place, int seq,
+template <typename T>
+__device__ __forceinline__ void combine(const DecodeArgs& args, const Place& place, int seq,
                                         const Split& split, void* scratch) {
-  const int rows = min(args.rows - place.first_row(args), kTileRows);
-  const Combination<kCtas> c = {args,
-                                *static_cast<CombineScratch*>(scratch),
-                                split,
-                                seq,
-                                place.kv_head(args),
-                                place.first_row(args),
-                                rows,
-                                (rows + 15) / 16,
-                                partial_slot(place.peer(args, split.first_part), false),
-                                2 * args.groups * kCtas};
+  const int rows = place.end_row - place.first_row;
+  const Combination c = {args,
+                         *static_cast<CombineScratch*>(scratch),
+                         split,
+                         seq,
+                         place.kv_head,
+                         place.first_row,
+                         rows,
+                         (rows + 15) / 16,
+                         partial_slot(place.peer(split.first_part), false),
+                         2 * place.groups};
   if (threadIdx.x == 0) {
-    uint32_t* counter = args.counters + place.peer(args, split.first_part);
+    uint32_t* counter = args.counters + place.peer(split.first_part);
     while (ptx::acquire_load(counter) < static_cast<uint32_t>(split.pieces)) {
     }
     count(counter, split);
@@ -209,7 +210,6 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place<kCta
   ptx::named_barrier_sync(kConsumers, kConsumerThreads);
 
   const int share = place.part - split.first_part;
-  find_factors(c, share == 0);
   if (split.pieces <= 2) {
     combine_units<T, 8, 2>(c, share);
   } else if (split.pieces <= 4) {

@@ -8,7 +8,7 @@
 //
 //   even (0)   scores and weights of blocks 0, 2, ..; columns   0..255 of the output, every block
 //   odd  (1)   scores and weights of blocks 1, 3, ..; columns 256..511 of the output, every block
-//   copies     three threads: the queries, and each half of the two block buffers, by TMA
+//   copies     two threads: the queries, and the blocks into two buffers, by TMA
 //
 // The output of 64 x 512 floats fits in registers only when halved, so each warpgroup needs the
 // other's weights; they pass through shared memory, in the block's dead RoPE piece. The running
@@ -16,9 +16,6 @@
 //
 //   even:  scores 0 | softmax 0 | out 0 (left)            | out 1 (left)  | scores 2 ...
 //   odd:         scores 1       | out 0 (right), softmax 1 | out 1 (right) | scores 3 ...
-//
-// Two CTAs with different rows of the same sequence form a cluster: each copies half of every block
-// and multicasts it to both, so the cache crosses from L2 once.
 
 #pragma once
 
@@ -29,52 +26,52 @@
 
 namespace mla {
 
-template <typename T, int kPieces, int kCtas>
+template <typename T, int kPieces>
 struct Decode {
   using Mma = wgmma::Mma<T>;
-  using Here = Place<kCtas>;
-  static constexpr int kBoxTokens = kBlockTokens / kCtas;  // of each block, copied by this CTA
-  static constexpr int kBoxShift = kCtas == 1 ? 6 : 5;     // its log2
-  static constexpr int kMaxCopies = kBoxTokens / 16;       // with the smallest pages
+  static constexpr int kBlockShift = 6;                 // log2 of the tokens of a block
+  static constexpr int kMaxCopies = kBlockTokens / 16;  // of a block, with the smallest pages
 
   // ---- Copies ----
 
   // Copies the queries of the part's items; run by one thread.
-  __device__ static void produce_queries(const DecodeArgs& args, const CUtensorMap& map,
-                                         Shared& shared, const Here& place) {
+  __device__ static void produce_queries(const DecodeArgs& args, const QueryMaps& maps,
+                                         Shared& shared, const Place& place) {
+    const CUtensorMap* map = &maps.maps[shared.part.height];
+    const int box_bytes = query_box_rows(args.rows, shared.part.height) * 128;
     for_each_item(args, shared.part, [&](const Item& item) {
       ptx::mbarrier_wait(&shared.query_empty, item.parity ^ 1);
+      ptx::mbarrier_arrive_expect_tx(&shared.query_full, kPieces * box_bytes);
 #pragma unroll 1
       for (int piece = 0; piece < kPieces; ++piece) {
-        uint64_t* full = &shared.query_full[piece];
-        ptx::mbarrier_arrive_expect_tx(full, args.query_box_rows * 128);
-        ptx::tma_load(shared.query[piece], &map, full, piece * 64, place.first_row(args),
-                      place.kv_head(args), item.seq);
+        ptx::tma_load(shared.query[piece], map, &shared.query_full, 0, place.first_row, piece,
+                      place.kv_head, item.seq);
       }
     });
   }
 
-  // Copies pieces [kBegin, kEnd) of all blocks of the part as their half of a buffer becomes free;
-  // run by one thread. Its pace bounds the kernel's: what a copy needs is known before.
-  template <int kHalf, int kBegin, int kEnd>
-  __device__ static void produce_cache(const DecodeArgs& args, const CUtensorMap& map,
-                                       Shared& shared, const Here& place) {
-    const int kv_head = place.kv_head(args);
-    const int box_shift = min(args.page_shift, kBoxShift);  // log2 of the tokens of one copy
-    const int copies = kBoxTokens >> box_shift;             // that make up this CTA's share
+  // The i-th box of a buffer to be copied and multiplied. Each warpgroup has its own block's
+  // weights first, so it gives its half of the value columns back first.
+  __device__ __forceinline__ static constexpr int box_in_order(int buffer, int i) {
+    return i == kBoxes - 1 ? i : i ^ (buffer << 1);
+  }
+
+  // Copies all blocks of the part as their buffers become free; run by one thread. Its pace bounds
+  // the kernel's: what a copy needs is known before.
+  __device__ static void produce_cache(const DecodeArgs& args, const CacheMaps& maps,
+                                       Shared& shared, const Place& place) {
+    const int shift = min(args.page_shift, kBlockShift);  // log2 of the tokens of one copy
+    const int copies = kBlockTokens >> shift;             // that make up a block
     const uint64_t policy = ptx::l2_evict_first_policy();
-    uint32_t uses[2] = {0, 0};
+    uint32_t parities = 3;  // a bit for each buffer
 
     for_each_item(args, shared.part, [&](const Item& item) {
       const int32_t* table = args.block_table + int64_t{item.seq} * args.max_pages_per_seq;
-      const auto token_of = [&](int block, int copy) {  // the first of the copy
-        return block * kBlockTokens + place.rank * kBoxTokens + (copy << box_shift);
-      };
       int pages[kMaxCopies];  // of the block at hand; past the end none: zeros
       const auto find_pages = [&](int block) {
 #pragma unroll
         for (int c = 0; c < kMaxCopies; ++c) {
-          const int token = token_of(block, c);
+          const int token = block * kBlockTokens + (c << shift);
           pages[c] =
               c < copies && token < item.tokens ? __ldg(table + (token >> args.page_shift)) : -1;
         }
@@ -83,25 +80,33 @@ struct Decode {
 #pragma unroll 1
       for (int block = item.begin; block < item.end; ++block) {
         const int buffer = (block - item.begin) & 1;
-        const uint32_t parity = (uses[buffer]++ & 1) ^ 1;
-        ptx::mbarrier_wait(&shared.cache_empty[buffer][kHalf], parity);
+        const int row = block * kBlockTokens & (args.page_size - 1);
+        const uint32_t parity = parities >> buffer & 1;
+        parities ^= 1 << buffer;
 #pragma unroll
-        for (int piece = kBegin; piece < kEnd; ++piece) {
-          // An odd block's weights, in this piece, are last read for the other half of the output.
-          if (piece == kWeightsPiece) ptx::mbarrier_wait(&shared.cache_empty[buffer][0], parity);
-          uint64_t* full = &shared.cache_full[buffer][piece];
-          ptx::mbarrier_arrive_expect_tx(full, wgmma::kPieceBytes);
+        for (int i = 0; i < kBoxes; ++i) {
+          const int box = box_in_order(buffer, i), first = 2 * box;
+          if (first >= kPieces) break;
+          // The half that is given back first is copied first; the weights, in the RoPE piece, are
+          // last read for the other one.
+          const int half = i < 2 ? buffer : 1 - buffer;
+          if (i % 2 == 0 && i < 4) ptx::mbarrier_wait(&shared.cache_empty[buffer][half], parity);
+          uint64_t* full = &shared.cache_full[buffer][box];
+          const int end = min(first + 2, kPieces);
+          ptx::mbarrier_arrive_expect_tx(full, (end - first) * wgmma::kPieceBytes);
+          if (copies == 1) {
+            ptx::tma_load(shared.cache[buffer][first], box == kBoxes - 1 ? &maps.one : &maps.two,
+                          full, 0, row, first, place.kv_head, pages[0], policy);
+            continue;
+          }
+          // A page's tokens are not all of a piece: one copy for each page and piece.
+#pragma unroll 1
+          for (int piece = first; piece < end; ++piece) {
 #pragma unroll
-          for (int c = 0; c < kMaxCopies; ++c) {
-            if (c > 0 && c >= copies) break;
-            const int row = token_of(block, c) & (args.page_size - 1);
-            uint8_t* dst =
-                shared.cache[buffer][piece] + (place.rank * kBoxTokens + (c << box_shift)) * 128;
-            if constexpr (kCtas == 1) {
-              ptx::tma_load(dst, &map, full, piece * 64, row, kv_head, pages[c], policy);
-            } else {
-              ptx::tma_load_multicast(dst, &map, full, piece * 64, row, kv_head, pages[c], policy,
-                                      (1 << kCtas) - 1);
+            for (int c = 0; c < kMaxCopies; ++c) {
+              if (c >= copies) break;
+              ptx::tma_load(shared.cache[buffer][piece] + (c << shift) * 128, &maps.one, full, 0, 0,
+                            piece, place.kv_head, pages[c], policy);
             }
           }
         }
@@ -118,7 +123,7 @@ struct Decode {
     int limit[2];  // tokens that the two rows see
   };
 
-  __device__ __forceinline__ static Rows rows_of(const DecodeArgs& args, const Here& place,
+  __device__ __forceinline__ static Rows rows_of(const DecodeArgs& args, const Place& place,
                                                  const Item& item) {
     Rows rows;
     rows.local = 16 * (threadIdx.x % 128 / 32) + threadIdx.x % 32 / 4;
@@ -126,21 +131,11 @@ struct Decode {
     if (args.causal && args.s_q > 1) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int query = (place.first_row(args) + rows.local + 8 * e) / args.heads_per_kv;
+        const int query = (place.first_row + rows.local + 8 * e) / args.heads_per_kv;
         rows.limit[e] = min(item.tokens - args.s_q + query + 1, item.tokens);
       }
     }
     return rows;
-  }
-
-  // Gives half of a block buffer back to the producers of all CTAs of the cluster.
-  __device__ __forceinline__ static void release(uint64_t* empty) {
-    const int lane = threadIdx.x % 32;
-    if constexpr (kCtas == 1) {
-      if (lane == 0) ptx::mbarrier_arrive(empty);
-    } else {
-      if (lane < kCtas) ptx::mbarrier_arrive_remote(empty, lane);
-    }
   }
 
   // Starts scores = Q K^T, piece by piece as they arrive.
@@ -151,15 +146,16 @@ struct Decode {
     const uint64_t a = wgmma::row_major_descriptor(shared.query[0]);
     const uint64_t b = wgmma::row_major_descriptor(shared.cache[kBuffer][0]);
     wgmma::pin(scores);
+    if (block < item.begin + 2) ptx::mbarrier_wait(&shared.query_full, item.parity);
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      if (block < item.begin + 2) ptx::mbarrier_wait(&shared.query_full[piece], item.parity);
-      ptx::mbarrier_wait(&shared.cache_full[kBuffer][piece], parity);
+    for (int i = 0; i < kPieces; ++i) {
+      const int box = box_in_order(kBuffer, i / 2), piece = 2 * box + i % 2;
+      if (i % 2 == 0) ptx::mbarrier_wait(&shared.cache_full[kBuffer][box], parity);
       wgmma::fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int offset = piece * (wgmma::kPieceBytes >> 4) + k * wgmma::kRowMajorStep;
-        Mma::rows_64x64(scores, a + offset, b + offset, piece + k > 0);
+        Mma::rows_64x64(scores, a + offset, b + offset, i + k > 0);
       }
     }
     wgmma::commit();
@@ -245,11 +241,17 @@ struct Decode {
     }
   }
 
-  // Finishes all products and gives the half buffer back.
+  // Finishes all products and gives the buffer back.
   __device__ __forceinline__ static void finish(float (&output)[128], uint64_t* empty) {
     wgmma::wait<0>();
     wgmma::pin(output);
-    release(empty);
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+  }
+
+  // The even scores come first: they are waited for, the odd ones have time.
+  __device__ __forceinline__ static void finish_scores(float (&scores)[32]) {
+    wgmma::wait<0>();
+    wgmma::pin(scores);
   }
 
   // Accumulates the even warpgroup's half of the output over the blocks of an item.
@@ -263,8 +265,7 @@ struct Decode {
     int block = item.begin;
     for (; block + 1 < item.end; block += 2) {
       start_scores<0>(shared, uses++ & 1, item, block, scores);
-      wgmma::wait<0>();
-      wgmma::pin(scores);
+      finish_scores(scores);
       weigh<0>(args, shared, item, rows, block, scores, max, sum, factor, weights);
       rescale(output, factor);
       start_output<0, 0>(shared, weights, output);
@@ -278,8 +279,7 @@ struct Decode {
     }
     if (block < item.end) {
       start_scores<0>(shared, uses++ & 1, item, block, scores);
-      wgmma::wait<0>();
-      wgmma::pin(scores);
+      finish_scores(scores);
       weigh<0>(args, shared, item, rows, block, scores, max, sum, factor, weights);
       clear_past_end<0, 0>(shared, block, item.tokens);
       rescale(output, factor);
@@ -299,8 +299,7 @@ struct Decode {
     int block = item.begin;
     for (; block + 1 < item.end; block += 2) {
       start_scores<1>(shared, uses++ & 1, item, block + 1, scores);
-      wgmma::wait<0>();
-      wgmma::pin(scores);
+      finish_scores(scores);
       follow<0>(shared, rows, max, sum, factor);
       rescale(output, factor);
       start_output<0, 1>(shared, output);
@@ -322,19 +321,19 @@ struct Decode {
   }
 
   // Writes the normalised output of an unsplit item, 16 bytes a lane.
-  __device__ __forceinline__ static void store_output(const DecodeArgs& args, const Here& place,
+  __device__ __forceinline__ static void store_output(const DecodeArgs& args, const Place& place,
                                                       const Item& item, const Rows& rows, int half,
                                                       const float (&output)[128],
                                                       const RowPair& max, const RowPair& sum) {
     const int lane = threadIdx.x % 4;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int row = place.first_row(args) + rows.local + 8 * e;
-      const bool real = row < args.rows;
+      const int row = place.first_row + rows.local + 8 * e;
+      const bool real = row < place.end_row;
       const float inverse = sum.v[e] > 0.f ? 1.f / sum.v[e] : 0.f;
       T* dst = static_cast<T*>(args.out) +
-               (real ? out_offset(args, item.seq, place.kv_head(args), row) : 0) +
-               half * kHalfColumns + 8 * lane;
+               (real ? out_offset(args, item.seq, place.kv_head, row) : 0) + half * kHalfColumns +
+               8 * lane;
 #pragma unroll
       for (int i = 0; i < 32; i += 4) {
         // The quad holds 4 groups of 8 columns, 2 columns of each per lane; transposed, each lane
@@ -352,8 +351,7 @@ struct Decode {
         if (real) *reinterpret_cast<uint4*>(dst + 8 * i) = make_uint4(v[0], v[1], v[2], v[3]);
       }
       if (real && half == 0 && lane == 0) {
-        args.lse[lse_offset(args, item.seq, place.kv_head(args), row)] =
-            log_sum_exp(max.v[e], sum.v[e]);
+        args.lse[lse_offset(args, item.seq, place.kv_head, row)] = log_sum_exp(max.v[e], sum.v[e]);
       }
     }
   }
@@ -366,7 +364,7 @@ struct Decode {
   }
 
   // What a consumer warpgroup does; only the walk over the blocks differs between the two.
-  __device__ static void consume(const DecodeArgs& args, Shared& shared, const Here& place,
+  __device__ static void consume(const DecodeArgs& args, Shared& shared, const Place& place,
                                  int half) {
     uint32_t uses = 0;  // of this warpgroup's block buffer
     const Part& part = shared.part;
@@ -402,49 +400,47 @@ struct Decode {
         store_output(args, place, item, rows, half, output, max, sum);
         return;
       }
-      if (args.rows <= place.first_row(args)) return;  // a tile of no rows has nobody to tell
       const bool last = item.seq == part.end_seq;
       split.first_part = last ? part.end_seq_first_part : part.begin_seq_first_part;
       split.pieces = (last ? part.end_seq_last_part : place.part) - split.first_part + 1;
       split.helpers = split.pieces - !part.one_sequence;
       store_partial(args, partial_slot(blockIdx.x, item.begin == 0), half,
-                    args.rows - place.first_row(args), output, max, sum);
-      announce_partial(args.counters + place.peer(args, split.first_part), split);
+                    place.end_row - place.first_row, output, max, sum);
+      announce_partial(args.counters + place.peer(split.first_part), split);
     });
     // Whoever goes on to another sequence holds nobody up: only the last item is waited for.
     if (place.part < split.first_part + split.helpers) {
-      combine<T, kCtas>(args, place, part.end_seq, split, shared.cache);
+      combine<T>(args, place, part.end_seq, split, shared.cache);
     }
   }
 };
 
-template <typename T, int kPieces, int kCtas>
+template <typename T, int kPieces>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeArgs args,
-                  const __grid_constant__ CUtensorMap query_map,
-                  const __grid_constant__ CUtensorMap cache_map) {
-  using Kernel = Decode<T, kPieces, kCtas>;
+                  const __grid_constant__ QueryMaps query_maps,
+                  const __grid_constant__ CacheMaps cache_maps) {
+  using Kernel = Decode<T, kPieces>;
   extern __shared__ uint8_t raw_shared[];
   auto& shared =
       *reinterpret_cast<Shared*>(raw_shared + (1024 - ptx::smem_address(raw_shared) % 1024) % 1024);
-  const auto place = Place<kCtas>::here(args);
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
 
   if (warp == 8) {
     if (threadIdx.x % 32 == 0) {
-      ptx::prefetch_tensor_map(&query_map);
-      ptx::prefetch_tensor_map(&cache_map);
+      ptx::prefetch_tensor_map(&query_maps.maps[0]);
+      ptx::prefetch_tensor_map(&cache_maps.two);
+      ptx::prefetch_tensor_map(&cache_maps.one);
     }
-    find_part(args.seqlens, args.b, args.max_pages_per_seq * args.page_size, place.part, args.parts,
+    find_part(args.seqlens, args.b, args.max_pages_per_seq * args.page_size, blockIdx.x, args.grids,
               &shared.part);
   } else if (threadIdx.x == 0) {
-    for (int piece = 0; piece < kMaxPieces; ++piece) {
-      ptx::mbarrier_init(&shared.query_full[piece], 1);
-      ptx::mbarrier_init(&shared.cache_full[0][piece], 1);
-      ptx::mbarrier_init(&shared.cache_full[1][piece], 1);
-    }
+    ptx::mbarrier_init(&shared.query_full, 1);
     ptx::mbarrier_init(&shared.query_empty, 8);
-    for (int i = 0; i < 4; ++i) ptx::mbarrier_init(&shared.cache_empty[i / 2][i % 2], 4 * kCtas);
+    for (int buffer = 0; buffer < 2; ++buffer) {
+      for (uint64_t& full : shared.cache_full[buffer]) ptx::mbarrier_init(&full, 1);
+      for (uint64_t& empty : shared.cache_empty[buffer]) ptx::mbarrier_init(&empty, 4);
+    }
     ptx::mbarrier_init_fence();
   } else if (threadIdx.x < kConsumerThreads) {
     // The block table is wanted as soon as the part is known; a small one gets here meanwhile.
@@ -453,25 +449,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (entry < entries) ptx::prefetch_l2(args.block_table + entry);
   }
   __syncthreads();
-  if constexpr (kCtas > 1) ptx::cluster_sync();
+  const auto place = Place::here(args, shared.part.height);
 
   // 168 registers a thread at launch; the copiers' go to the others.
   if (warpgroup == 2) {
-    ptx::registers_shrink<40>();
+    ptx::registers_shrink<56>();
     if (threadIdx.x == 256) {
-      Kernel::template produce_cache<0, 0, 4>(args, cache_map, shared, place);
+      Kernel::produce_cache(args, cache_maps, shared, place);
     } else if (threadIdx.x == 288) {
-      Kernel::template produce_cache<1, 4, kPieces>(args, cache_map, shared, place);
-    } else if (threadIdx.x == 320) {
-      Kernel::produce_queries(args, query_map, shared, place);
+      Kernel::produce_queries(args, query_maps, shared, place);
     }
     __syncwarp();
   } else {
-    ptx::registers_grow<232>();
+    ptx::registers_grow<224>();
     Kernel::consume(args, shared, place, warpgroup);
   }
-  // Nobody leaves while the other may still write to its shared memory or arrive on its barriers.
-  if constexpr (kCtas > 1) ptx::cluster_sync();
 }
 
 }  // namespace mla

@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -19,6 +20,7 @@ inline constexpr int kValueColumns = 512;  // d_v; a warpgroup accumulates half 
 inline constexpr int kHalfColumns = 256;
 inline constexpr int kValuePieces = 8;  // pieces of 64 columns that are K and V both
 inline constexpr int kMaxPieces = 9;    // the ninth is RoPE's: K only
+inline constexpr int kBoxes = 5;        // copies that bring a block: four of two pieces, RoPE's
 inline constexpr int kConsumerThreads = 256;
 inline constexpr int kThreads = 384;
 
@@ -33,11 +35,9 @@ struct DecodeArgs {
   int b, s_q, h_q, h_kv;
   int heads_per_kv;           // G = h_q / h_kv
   int rows;                   // s_q * G
-  int query_box_rows;         // rows of a tile that are copied; the tile's others are never stored
   int page_size, page_shift;  // a power of two, and its log2
   int max_pages_per_seq;
-  int groups;        // clusters that go through the same blocks: row tile pairs * h_kv
-  int parts;         // cuts of the schedule; the grid is parts * groups clusters
+  Grid grids[kTileHeights];
   float scale_log2;  // softmax_scale * log2(e)
   bool causal;
 };
@@ -48,9 +48,9 @@ struct Shared {
   // Two blocks of 64 tokens. Once the scores of a block are done its RoPE piece is dead, and the
   // block's softmax weights take its place.
   uint8_t cache[2][kMaxPieces][wgmma::kPieceBytes];
-  uint64_t query_full[kMaxPieces];
+  uint64_t query_full;
   uint64_t query_empty;
-  uint64_t cache_full[2][kMaxPieces];
+  uint64_t cache_full[2][kBoxes];
   uint64_t cache_empty[2][2];  // [buffer][half of the value columns]
   float max[2][kTileRows];     // the running maxima after the last block of [buffer]
   float sum[2][2][kTileRows];  // [item parity][warpgroup]
@@ -58,22 +58,36 @@ struct Shared {
 };
 inline constexpr int kWeightsPiece = 8;
 
-// Where a CTA stands in the grid: blockIdx.x = (part * groups + group) * kCtas + rank.
-template <int kCtas>
-struct Place {
-  int part, group, rank;
+// One map for each height of tiles.
+struct QueryMaps {
+  CUtensorMap maps[kTileHeights];
+};
+// Of the cache: boxes of one piece and of two.
+struct CacheMaps {
+  CUtensorMap one, two;
+};
+// Rows that are copied into a tile, a multiple of the swizzle's 8; its others hold anything and are
+// never stored.
+__host__ __device__ __forceinline__ int query_box_rows(int rows, int height) {
+  return min((rows + 7) / 8 * 8, tile_height(height));
+}
 
-  __device__ __forceinline__ static Place here(const DecodeArgs& args) {
-    const int cluster = blockIdx.x / kCtas;
-    return {cluster / args.groups, cluster % args.groups, static_cast<int>(blockIdx.x % kCtas)};
+// Where a CTA stands in the grid: blockIdx.x = part * groups + group.
+struct Place {
+  int groups, part, kv_head;
+  int first_row, end_row;  // of the packed query rows
+
+  __device__ __forceinline__ static Place here(const DecodeArgs& args, int height) {
+    const int groups = args.grids[height].groups;
+    const int part = Divisor(groups).floor(blockIdx.x), group = blockIdx.x - part * groups;
+    const int tile = args.h_kv == 1 ? group : group / args.h_kv;
+    const int first_row = tile * tile_height(height);
+    return {groups, part, group - tile * args.h_kv, first_row,
+            min(first_row + tile_height(height), args.rows)};
   }
   // The CTA that does for `other_part` what this one does for its own.
-  __device__ __forceinline__ int peer(const DecodeArgs& args, int other_part) const {
-    return (other_part * args.groups + group) * kCtas + rank;
-  }
-  __device__ __forceinline__ int kv_head(const DecodeArgs& args) const { return group % args.h_kv; }
-  __device__ __forceinline__ int first_row(const DecodeArgs& args) const {
-    return (group / args.h_kv * kCtas + rank) * kTileRows;
+  __device__ __forceinline__ int peer(int other_part) const {
+    return blockIdx.x + (other_part - part) * groups;
   }
 };
 

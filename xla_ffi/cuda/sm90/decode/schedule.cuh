@@ -1,10 +1,10 @@
 // Copyright 2026 The mla-jax Authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// The split-KV schedule: which blocks of which sequences a cluster works on.
+// The split-KV schedule: which blocks of which sequences a CTA works on.
 //
 // All blocks of all sequences are laid out on one line, and the line is cut into equal parts, one
-// per cluster, so that all multiprocessors end together. Every cluster finds its own part from the
+// for each CTA of a tile, so that all multiprocessors end together. Every CTA finds its own from the
 // lengths alone, by one warp, in the kernel's prologue: no table, no second kernel.
 //
 // Two layouts of the line:
@@ -17,13 +17,27 @@
 
 #include <cstdint>
 
+#include "../ptx.cuh"
+
 namespace mla {
 
 inline constexpr int kBlockTokens = 64;
 
-// A cluster's work: from block `begin_block` of `begin_seq` up to, and excluding, block `end_block`
+// The heights of row tiles to choose from. A low one leaves tensor cores idle, and costs less when
+// partial results are combined: for few blocks, when there are multiprocessors to spare.
+inline constexpr int kTileHeights = 3;
+__host__ __device__ constexpr int tile_height(int i) { return 64 >> i; }
+
+// How the grid is laid out for one height of tiles.
+struct Grid {
+  int groups;  // CTAs that go through the same blocks: row tiles * h_kv
+  int parts;   // cuts of the schedule; parts * groups CTAs have work
+};
+
+// A CTA's work: from block `begin_block` of `begin_seq` up to, and excluding, block `end_block`
 // of `end_seq`; all blocks of the sequences between. Empty if end_seq < begin_seq.
 struct Part {
+  int height;  // index of the tiles' height
   int begin_seq, begin_block;
   int end_seq, end_block;
   int begin_seq_first_part;                   // the part that holds block 0 of begin_seq
@@ -41,17 +55,37 @@ __device__ __forceinline__ int sequence_blocks(int tokens) {
   return max((tokens + kBlockTokens - 1) / kBlockTokens, 1);
 }
 
-__device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+// a / b rounded down, for 0 <= a and 0 < b.
+class Divisor {
+ public:
+  __device__ __forceinline__ explicit Divisor(int b) : b_(b), inverse_(ptx::reciprocal_approx(b)) {}
+
+  __device__ __forceinline__ int floor(int a) const {
+    if (a >= 1 << 22) return a / b_;
+    // Off by one at most: a is exact as a float and the quotient's error is less than 1.
+    int q = __float2int_rd(a * inverse_);
+    const int rest = a - q * b_;
+    q += (rest >= b_) - (rest < 0);
+    return q;
+  }
+  __device__ __forceinline__ int ceil(int a) const { return floor(a + b_ - 1); }
+
+ private:
+  int b_;
+  float inverse_;
+};
 
 __device__ __forceinline__ int warp_sum(int v) { return __reduce_add_sync(0xFFFFFFFFu, v); }
 
 // Blocks that starting a sequence costs (query load, pipeline fill, epilogue).
 inline constexpr int kSequenceOverhead = 3;
+// Blocks that combining a tile of 64 rows costs.
+inline constexpr int kCombineOverhead = 4;
 
-// Finds `part` of `num_parts`; called by one whole warp, the result is in `*result` (shared
+// Finds the part of the `cta`-th CTA; called by one whole warp, the result is in `*result` (shared
 // memory).
-__device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, int part,
-                                 int num_parts, Part* result) {
+__device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, int cta,
+                                 const Grid (&grids)[kTileHeights], Part* result) {
   const int lane = threadIdx.x % 32;
   const auto blocks_of = [&](int i) {
     return i < b ? sequence_blocks(sequence_tokens(seqlens, i, max_tokens)) : 0;
@@ -66,20 +100,31 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
   total = warp_sum(total);
   longest = __reduce_max_sync(0xFFFFFFFFu, longest);
 
+  int height = 0, least = Divisor(grids[0].parts).ceil(total) + kCombineOverhead;
+#pragma unroll
+  for (int i = 1; i < kTileHeights; ++i) {
+    const int cost = Divisor(grids[i].parts).ceil(total) + (kCombineOverhead >> i);
+    if (grids[i].groups > grids[0].groups && cost < least) height = i, least = cost;
+  }
+  const int num_parts = grids[height].parts;
+  const int part = Divisor(grids[height].groups).floor(cta);
+  const Divisor by_parts(num_parts);
+
   // Packed, and if that costs little, rounded so that sequences of one length end at a cut.
-  int size = ceil_div(total + b * kSequenceOverhead, num_parts);
+  int size = by_parts.ceil(total + b * kSequenceOverhead);
   int gap = kSequenceOverhead;
-  const int whole = ceil_div(size, longest + gap) * (longest + gap);
+  const int whole = Divisor(longest + gap).ceil(size) * (longest + gap);
   if (whole - size <= 2 + size / 32) size = whole;
 
   if (b <= num_parts) {
     // The smallest aligned size for which the parts suffice lies in [low, high].
-    int low = ceil_div(total, num_parts);
-    int high = b < num_parts ? min(longest, ceil_div(total, num_parts - b)) : longest;
+    int low = by_parts.ceil(total);
+    int high = b < num_parts ? min(longest, Divisor(num_parts - b).ceil(total)) : longest;
     while (low < high) {
       const int middle = (low + high) / 2;
+      const Divisor by_middle(middle);
       int needed = 0;
-      for (int i = lane; i < b; i += 32) needed += ceil_div(blocks_of(i), middle);
+      for (int i = lane; i < b; i += 32) needed += by_middle.ceil(blocks_of(i));
       if (warp_sum(needed) <= num_parts) {
         high = middle;
       } else {
@@ -92,10 +137,14 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
     }
   }
 
-  if (lane == 0) *result = Part{b, 0, -1, 0, 0, 0, 0, gap == 0};  // stays empty past the line's end
+  if (lane == 0) {  // stays empty past the line's end
+    *result = Part{height, b, 0, -1, 0, 0, 0, 0, gap == 0};
+  }
   __syncwarp();
+  if (part >= num_parts) return;
+  const Divisor by_size(size);
   const int begin = part * size, end = begin + size;
-  const auto cost_of = [&](int n) { return gap > 0 ? n + gap : ceil_div(n, size) * size; };
+  const auto cost_of = [&](int n) { return gap > 0 ? n + gap : by_size.ceil(n) * size; };
   int before = 0;  // cost of the sequences before the 32 at hand
   for (int first = 0; first < b && before < end; first += 32) {
     const int i = first + lane;
@@ -111,7 +160,7 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
     if (i < b && start <= begin && begin < start + cost) {
       result->begin_seq = i;
       result->begin_block = max(begin - start - gap, 0);
-      result->begin_seq_first_part = (start + gap) / size;
+      result->begin_seq_first_part = by_size.floor(start + gap);
     }
     if (i < b && start < end && (end <= start + cost || i == b - 1)) {
       int seq = i;
@@ -125,8 +174,8 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
       }
       result->end_seq = end_block > 0 ? seq : -1;
       result->end_block = end_block;
-      result->end_seq_first_part = (start + gap) / size;
-      result->end_seq_last_part = (start + gap + n - 1) / size;
+      result->end_seq_first_part = by_size.floor(start + gap);
+      result->end_seq_last_part = by_size.floor(start + gap + n - 1);
     }
     before += __shfl_sync(0xFFFFFFFFu, sum, 31);
   }

@@ -1,24 +1,16 @@
 // Copyright 2026 The mla-jax Authors
 // SPDX-License-Identifier: Apache-2.0
-//
-// What XLA calls: operands and attributes are checked here, then handed on as plain structs. Python
-// has checked them for people; here it is for memory safety, whoever writes the custom call.
+
+#include "handlers/check.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <initializer_list>
 #include <limits>
 #include <sstream>
-#include <string>
-
-#include "mla.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace mla {
 namespace {
-
-namespace ffi = xla::ffi;
 
 const char* NameOf(ffi::DataType dtype) {
   switch (dtype) {
@@ -39,7 +31,21 @@ const char* NameOf(ffi::DataType dtype) {
   }
 }
 
-// For example bfloat16[2, 1, 16, 576].
+bool HasShape(const ffi::AnyBuffer& x, std::initializer_list<int64_t> shape) {
+  const auto dims = x.dimensions();
+  return std::equal(dims.begin(), dims.end(), shape.begin(), shape.end());
+}
+
+// An axis of an operand whose size the others follow.
+struct Size {
+  const char* operand;
+  const char* axis;
+  int64_t value;
+  int64_t least;
+};
+
+}  // namespace
+
 std::string Describe(const ffi::AnyBuffer& x) {
   std::ostringstream text;
   text << NameOf(x.element_type()) << "[";
@@ -58,20 +64,6 @@ ffi::Error Invalid(const std::string& operand, const std::string& got,
                                      expected);
 }
 
-bool HasShape(const ffi::AnyBuffer& x, std::initializer_list<int64_t> shape) {
-  const auto dims = x.dimensions();
-  return std::equal(dims.begin(), dims.end(), shape.begin(), shape.end());
-}
-
-// An axis of an operand whose size the others follow.
-struct Size {
-  const char* operand;
-  const char* axis;
-  int64_t value;
-  int64_t least;
-};
-
-// Checks all of a call but the limits of one platform's kernel, and fills `p` with it.
 ffi::Error Check(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k_cache,
                  const ffi::AnyBuffer& block_table, const ffi::AnyBuffer& cache_seqlens,
                  const ffi::AnyBuffer& out, const ffi::AnyBuffer& lse, float softmax_scale,
@@ -173,44 +165,7 @@ ffi::Error Check(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k_cache,
   return ffi::Error::Success();
 }
 
-void Schedule(void* pool, void (*task)(void* data), void* data) {
-  static_cast<ffi::ThreadPool*>(pool)->Schedule([task, data] { task(data); });
-}
-
-ffi::Error DecodeCpu(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_cache,
-                     ffi::AnyBuffer block_table, ffi::AnyBuffer cache_seqlens,
-                     ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
-                     float softmax_scale, bool causal) {
-  MlaDecodeParams params = {};
-  ffi::Error error =
-      Check(q, k_cache, block_table, cache_seqlens, *out, *lse, softmax_scale, causal, params);
-  if (error.failure()) return error;
-  const MlaThreads threads = {&pool, static_cast<int32_t>(pool.num_threads()), Schedule};
-  if (mla_cpu_decode(&params, &threads) != 0) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                      "mla_jax_decode: no memory for the working arrays of the threads");
-  }
-  return ffi::Error::Success();
-}
-
-}  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_jax_decode_cpu, DecodeCpu,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()  // q
-                                  .Arg<ffi::AnyBuffer>()  // k_cache
-                                  .Arg<ffi::AnyBuffer>()  // block_table
-                                  .Arg<ffi::AnyBuffer>()  // cache_seqlens
-                                  .Ret<ffi::AnyBuffer>()  // out
-                                  .Ret<ffi::AnyBuffer>()  // lse
-                                  .Attr<float>("softmax_scale")
-                                  .Attr<bool>("causal"));
-
 }  // namespace mla
 
-// The version of the FFI that this library was built for: it runs under that one and newer ones.
 extern "C" int mla_jax_ffi_major() { return XLA_FFI_API_MAJOR; }
 extern "C" int mla_jax_ffi_minor() { return XLA_FFI_API_MINOR; }
-
-extern "C" const char* mla_jax_cpu_isa() { return mla_cpu_isa(); }

@@ -1,0 +1,133 @@
+// Copyright 2026 The mla-jax Authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// What XLA calls on a GPU. Nothing is allocated or waited for and nothing outlives a call, so calls
+// may be recorded in a command buffer, replayed, and run side by side on any number of devices.
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "handlers/check.h"
+#include "mla.h"
+
+namespace mla {
+namespace {
+
+// The most multiprocessors that a device of compute capability 9.0 has.
+constexpr int kMaxMultiprocessors = 144;
+// The counters lie first in the workspace; what follows stays aligned.
+constexpr size_t kCountersBytes = (sizeof(uint32_t) * MLA_SM90_MAX_CTAS + 127) / 128 * 128;
+
+size_t WorkspaceBytes() {
+  return kCountersBytes + mla_sm90_decode_workspace_bytes(kMaxMultiprocessors);
+}
+
+// What the kernel takes of what the op allows. No call to CUDA: tests reach this without a GPU.
+ffi::Error CheckCuda(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer block_table,
+                     ffi::AnyBuffer cache_seqlens, ffi::AnyBuffer out, ffi::AnyBuffer lse,
+                     ffi::AnyBuffer workspace, float softmax_scale, bool causal,
+                     MlaDecodeParams& p) {
+  ffi::Error error =
+      Check(q, k_cache, block_table, cache_seqlens, out, lse, softmax_scale, causal, p);
+  if (error.failure()) return error;
+  if (p.dtype == MLA_F32) return Invalid("q", Describe(q), "bfloat16 or float16 on a GPU");
+  if (p.d_k != 576 && p.d_k != 512) {
+    return Invalid("q", "d_k " + std::to_string(p.d_k), "576 or 512 on a GPU");
+  }
+  if (p.d_v != 512) {
+    return Invalid("out", "head_dim_v " + std::to_string(p.d_v), "512 on a GPU");
+  }
+  if (p.page_size != 16 && p.page_size != 32 && p.page_size != 64 && p.page_size != 128) {
+    return Invalid("k_cache", "page_size " + std::to_string(p.page_size),
+                   "16, 32, 64 or 128 on a GPU");
+  }
+  const int64_t tokens = int64_t{p.max_pages_per_seq} * p.page_size;
+  if (tokens > MLA_SM90_MAX_SEQUENCE_TOKENS || tokens * p.b > MLA_SM90_MAX_BATCH_TOKENS) {
+    return Invalid("block_table", Describe(block_table),
+                   "pages of at most 2^30 tokens a sequence and 2^34 in all on a GPU");
+  }
+  if (workspace.size_bytes() < WorkspaceBytes()) {
+    return Invalid("workspace", std::to_string(workspace.size_bytes()) + " bytes",
+                   "at least " + std::to_string(WorkspaceBytes()));
+  }
+  auto* bytes = static_cast<char*>(workspace.untyped_data());
+  p.counters = reinterpret_cast<uint32_t*>(bytes);
+  p.workspace = bytes + kCountersBytes;
+  return ffi::Error::Success();
+}
+
+ffi::Error Failed(const std::string& what, cudaError_t error) {
+  return ffi::Error::Internal("mla_jax_decode: " + what + ": " + cudaGetErrorName(error) + ", " +
+                              cudaGetErrorString(error));
+}
+
+ffi::Error DecodeCuda(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_cache,
+                      ffi::AnyBuffer block_table, ffi::AnyBuffer cache_seqlens,
+                      ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
+                      ffi::Result<ffi::AnyBuffer> workspace, float softmax_scale, bool causal) {
+  MlaDecodeParams params = {};
+  ffi::Error refused = CheckCuda(q, k_cache, block_table, cache_seqlens, *out, *lse, *workspace,
+                                 softmax_scale, causal, params);
+  if (refused.failure()) return refused;
+  // XLA has made the stream's device the current one.
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  }
+  if (error != cudaSuccess) return Failed("the device", error);
+  if (major != 9 || minor != 0) {
+    return Invalid("device " + std::to_string(device),
+                   "compute capability " + std::to_string(major) + "." + std::to_string(minor),
+                   "9.0 (Hopper)");
+  }
+  // The workspace held another call's data meanwhile.
+  error = cudaMemsetAsync(params.counters, 0, kCountersBytes, stream);
+  if (error != cudaSuccess) return Failed("clearing the counters", error);
+  error = static_cast<cudaError_t>(mla_sm90_decode(&params, stream));
+  if (error != cudaSuccess) return Failed("launching the kernel", error);
+  return ffi::Error::Success();
+}
+
+// The checks alone, for tests where there is no GPU.
+ffi::Error CheckOnly(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer block_table,
+                     ffi::AnyBuffer cache_seqlens, ffi::Result<ffi::AnyBuffer> out,
+                     ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> workspace,
+                     float softmax_scale, bool causal) {
+  MlaDecodeParams params = {};
+  return CheckCuda(q, k_cache, block_table, cache_seqlens, *out, *lse, *workspace, softmax_scale,
+                   causal, params);
+}
+
+template <typename Binding>
+auto Operands(Binding binding) {
+  return std::move(binding)
+      .template Arg<ffi::AnyBuffer>()  // q, its heads in the order of mla.h
+      .template Arg<ffi::AnyBuffer>()  // k_cache
+      .template Arg<ffi::AnyBuffer>()  // block_table
+      .template Arg<ffi::AnyBuffer>()  // cache_seqlens
+      .template Ret<ffi::AnyBuffer>()  // out
+      .template Ret<ffi::AnyBuffer>()  // lse
+      .template Ret<ffi::AnyBuffer>()  // workspace: mla_jax_cuda_workspace_bytes() bytes
+      .template Attr<float>("softmax_scale")
+      .template Attr<bool>("causal");
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_jax_decode_cuda, DecodeCuda,
+                              Operands(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
+                              {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_jax_check_cuda, CheckOnly, Operands(ffi::Ffi::Bind()));
+
+}  // namespace mla
+
+// Bytes of the result `workspace`, on any device.
+extern "C" size_t mla_jax_cuda_workspace_bytes() { return mla::WorkspaceBytes(); }
