@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlashMLA for JAX: Multi-head Latent Attention over a paged KV cache."""
 
+from mla_jax import ffi as _ffi
 from mla_jax.cache import PagedKVCache as PagedKVCache
 from mla_jax.cache import PagePoolFullError as PagePoolFullError
 from mla_jax.config import DeepseekConfig as DeepseekConfig
@@ -20,3 +21,5 @@ from mla_jax.sharding import context_parallel_decode as context_parallel_decode
 from mla_jax.sharding import shard as shard
 
 __version__ = "0.1.0"
+
+_ffi.register()

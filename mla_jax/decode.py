@@ -142,9 +142,13 @@ def _run(*arrays: jax.Array, names: tuple[str, ...], **options: Any) -> Any:
     """Runs, for these shapes (on a mesh, one device's), what suits the platform lowered for."""
     inputs = dict(zip(("q", "k_cache", "block_table"), arrays, strict=False)) | options
     chosen = {p: _choose(names, p, **inputs).implementation for p in _PLATFORMS}
-    branches = {p: partial(_IMPLEMENTATIONS[n].decode, **options) for p, n in chosen.items() if n}
-    if len({name for name in chosen.values() if name}) == 1:
-        return next(iter(branches.values()))(*arrays)
+    running = {p: name for p, name in chosen.items() if name is not None}
+    if len(set(running.values())) == 1:
+        return _IMPLEMENTATIONS[next(iter(running.values()))].decode(*arrays, **options)
+    branches = {
+        platform: partial(_IMPLEMENTATIONS[name].decode, platform=platform, **options)
+        for platform, name in running.items()
+    }
     return jax.lax.platform_dependent(*arrays, **branches)
 
 

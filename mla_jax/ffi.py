@@ -79,6 +79,12 @@ def _library_reason(platform: str) -> str | None:
     return None
 
 
+def register() -> None:
+    """Loads the libraries that are there: exported programs name their targets, and no more."""
+    for platform in PLATFORMS:
+        _library_reason(platform)
+
+
 def instruction_set() -> str:
     """Names the instruction set that the CPU's library uses: "baseline", "avx2" or "avx512".
 
@@ -166,7 +172,8 @@ def _device_reason() -> str | None:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("head_dim_v", "softmax_scale", "causal", "batch_invariant")
+    jax.jit,
+    static_argnames=("head_dim_v", "softmax_scale", "causal", "batch_invariant", "platform"),
 )
 def decode(
     q: jax.Array,
@@ -178,11 +185,13 @@ def decode(
     softmax_scale: float,
     causal: bool,
     batch_invariant: bool,
+    platform: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends each query to the cached tokens of its sequence.
 
     The arguments are those of `mla_jax.flash_mla_with_kvcache`, already checked. On a CPU a row's
-    arithmetic is its own, so `batch_invariant` asks for nothing more; CUDA refuses it.
+    arithmetic is its own, so `batch_invariant` asks for nothing more; CUDA refuses it. `platform` is
+    given where the caller has branches by platform: in those JAX still lowers for all of them.
 
     Returns:
         out `[b, s_q, h_q, head_dim_v]` in q's dtype and lse `[b, h_q, s_q]` float32.
@@ -193,10 +202,12 @@ def decode(
     options = {"head_dim_v": head_dim_v, "softmax_scale": softmax_scale, "causal": causal}
     inputs: dict[str, Any] = {"q": q, "k_cache": k_cache, "block_table": block_table} | options
     calls: dict[str, Callable[..., Any]] = {"cpu": _call_cpu, "cuda": _call_cuda}
+    if platform is not None:
+        return calls[platform](q, k_cache, block_table, cache_seqlens, **options)
     branches = {
-        platform: functools.partial(call, **options)
-        for platform, call in calls.items()
-        if unsupported_reason(platform=platform, batch_invariant=batch_invariant, **inputs) is None
+        name: functools.partial(call, **options)
+        for name, call in calls.items()
+        if unsupported_reason(platform=name, batch_invariant=batch_invariant, **inputs) is None
     }
     # Fails when it is lowered for a platform that has no branch here, not when it runs there.
     return jax.lax.platform_dependent(q, k_cache, block_table, cache_seqlens, **branches)

@@ -24,7 +24,10 @@ def unsupported_reason(**_: object) -> str | None:
     return None
 
 
-@partial(jax.jit, static_argnames=("head_dim_v", "softmax_scale", "causal", "batch_invariant"))
+@partial(
+    jax.jit,
+    static_argnames=("head_dim_v", "softmax_scale", "causal", "batch_invariant", "platform"),
+)
 def decode(
     q: jax.Array,
     k_cache: jax.Array,
@@ -35,10 +38,12 @@ def decode(
     softmax_scale: float,
     causal: bool,
     batch_invariant: bool,
+    platform: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends each query to the cached tokens of its sequence.
 
-    The arguments are those of `mla_jax.flash_mla_with_kvcache`, already checked.
+    The arguments are those of `mla_jax.flash_mla_with_kvcache`, already checked; `platform` makes
+    no difference.
 
     Returns:
         out `[b, s_q, h_q, head_dim_v]` in q's dtype and lse `[b, h_q, s_q]` float32.
