@@ -14,6 +14,7 @@ from mla_jax.generate import generate as generate
 from mla_jax.generate import stream as stream
 from mla_jax.merge import merge_attention_states as merge_attention_states
 from mla_jax.module import MultiHeadLatentAttention as MultiHeadLatentAttention
+from mla_jax.ragged import ragged_mla_with_kvcache as ragged_mla_with_kvcache
 from mla_jax.rope import RopeConfig as RopeConfig
 from mla_jax.rope import YarnScaling as YarnScaling
 from mla_jax.schedule import get_mla_metadata as get_mla_metadata

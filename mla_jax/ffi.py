@@ -190,8 +190,8 @@ def decode(
     """Attends each query to the cached tokens of its sequence.
 
     The arguments are those of `mla_jax.flash_mla_with_kvcache`, already checked. On a CPU a row's
-    arithmetic is its own, so `batch_invariant` asks for nothing more; CUDA refuses it. `platform` is
-    given where the caller has branches by platform: in those JAX still lowers for all of them.
+    arithmetic is its own, so `batch_invariant` asks for nothing more; CUDA refuses it. `platform`
+    is given where the caller has branches by platform: JAX lowers each branch for all of them.
 
     Returns:
         out `[b, s_q, h_q, head_dim_v]` in q's dtype and lse `[b, h_q, s_q]` float32.
