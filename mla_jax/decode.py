@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax import ffi, pallas, xla
+from mla_jax.batching import fold_vmap
+from mla_jax.gradient import differentiable
+from mla_jax.partitioning import partitioned
 from mla_jax.schedule import METADATA_WIDTH
 
 # In order of preference. Each has `unsupported_reason` and `decode`. Pallas stands behind the plain
@@ -65,6 +68,10 @@ def flash_mla_with_kvcache(
     (DeepSeek-V2, arXiv:2405.04434, section 2.1). Shapes are static; lengths and tables are data,
     and no value of them compiles anything anew.
 
+    Reverse-mode gradients by `q` and `k_cache`, of both results, are plain XLA for every
+    implementation, with memory that grows with the pool and not with `s_q * s_k`. Slots and pages
+    that are not read get zeros.
+
     Args:
         q: `[b, s_q, h_q, d_k]` bfloat16, float16 or float32. Head `i` reads KV head
             `i // (h_q // h_kv)`.
@@ -111,26 +118,37 @@ def flash_mla_with_kvcache(
         if len(errors) == 1:
             raise errors[0]
         raise ExceptionGroup("no implementation can run these inputs here", errors)
-    chosen = [(p, _choose(implementation, p, **inputs).implementation) for p in _PLATFORMS]
-    names = {name for _, name in chosen if name is not None} or {here.implementation}
-    if len(names) == 1:
-        decode = _IMPLEMENTATIONS[names.pop()].decode
-    else:
-        decode = partial(_decode_by_platform, chosen=tuple(chosen))
-    return decode(q, k_cache, block_table, cache_seqlens, **options)
+    chosen = tuple((p, _choose(implementation, p, **inputs).implementation) for p in _PLATFORMS)
+    names = check_implementation(implementation)
+    return _attend(q, k_cache, block_table, cache_seqlens, names=names, chosen=chosen, **options)
 
 
+# Jitted, so that a call outside `jit` traces what it is wrapped in once and not each time. `chosen`
+# is a key of that: what is installed and where may change what runs.
 @partial(
-    jax.jit, static_argnames=("chosen", "head_dim_v", "softmax_scale", "causal", "batch_invariant")
+    jax.jit,
+    static_argnames=("names", "chosen", "head_dim_v", "softmax_scale", "causal", "batch_invariant"),
 )
-def _decode_by_platform(
-    *arrays: jax.Array, chosen: tuple[tuple[str, str | None], ...], **options: Any
+def _attend(
+    *arrays: jax.Array, names: tuple[str, ...], chosen: Any, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the implementation that is chosen for the platform that XLA lowers for."""
+    """Runs an implementation as JAX's transformations see it."""
+    causal = options.pop("causal")
+    attend = fold_vmap(partitioned(partial(_run, names=names, **options), causal=causal))
+    scale = options["softmax_scale"]
+    return differentiable(attend, softmax_scale=scale, causal=causal)(*arrays)
+
+
+def _run(*arrays: jax.Array, names: tuple[str, ...], **options: Any) -> Any:
+    """Runs, for these shapes (on a mesh, one device's), what suits the platform lowered for."""
+    inputs = dict(zip(("q", "k_cache", "block_table"), arrays, strict=False)) | options
+    chosen = {p: _choose(names, p, **inputs).implementation for p in _PLATFORMS}
+    running = {p: name for p, name in chosen.items() if name is not None}
+    if len(set(running.values())) == 1:
+        return _IMPLEMENTATIONS[next(iter(running.values()))].decode(*arrays, **options)
     branches = {
-        platform: partial(_IMPLEMENTATIONS[name].decode, **options)
-        for platform, name in chosen
-        if name is not None
+        platform: partial(_IMPLEMENTATIONS[name].decode, platform=platform, **options)
+        for platform, name in running.items()
     }
     return jax.lax.platform_dependent(*arrays, **branches)
 

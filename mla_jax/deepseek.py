@@ -16,6 +16,7 @@ from mla_jax.config import DeepseekConfig
 from mla_jax.decode import Implementation
 from mla_jax.module import MultiHeadLatentAttention
 from mla_jax.moe import Mlp, MoE
+from mla_jax.partitioning import TENSOR, cut
 from mla_jax.schedule import get_mla_metadata
 
 
@@ -31,11 +32,13 @@ class DecoderLayer(nnx.Module):
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        def linear(d_in: int, d_out: int) -> nnx.Linear:
+        def linear(d_in: int, d_out: int, by: tuple[str | None, str | None]) -> nnx.Linear:
             return nnx.Linear(
                 d_in,
                 d_out,
                 use_bias=config.mlp_bias and not config.is_v3,
+                kernel_metadata=cut(*by),
+                bias_metadata=cut(by[1]),
                 dtype=dtype,
                 param_dtype=param_dtype,
                 rngs=rngs,
@@ -116,6 +119,7 @@ class DeepseekForCausalLM(nnx.Module):
                 config.hidden_size,
                 config.vocab_size,
                 use_bias=False,
+                kernel_metadata=cut(None, TENSOR),
                 dtype=self.dtype,
                 param_dtype=param_dtype,
                 rngs=rngs,

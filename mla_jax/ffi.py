@@ -79,6 +79,12 @@ def _library_reason(platform: str) -> str | None:
     return None
 
 
+def register() -> None:
+    """Loads the libraries that are there: exported programs name their targets, and no more."""
+    for platform in PLATFORMS:
+        _library_reason(platform)
+
+
 def instruction_set() -> str:
     """Names the instruction set that the CPU's library uses: "baseline", "avx2" or "avx512".
 
@@ -166,7 +172,8 @@ def _device_reason() -> str | None:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("head_dim_v", "softmax_scale", "causal", "batch_invariant")
+    jax.jit,
+    static_argnames=("head_dim_v", "softmax_scale", "causal", "batch_invariant", "platform"),
 )
 def decode(
     q: jax.Array,
@@ -178,48 +185,32 @@ def decode(
     softmax_scale: float,
     causal: bool,
     batch_invariant: bool,
+    platform: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends each query to the cached tokens of its sequence.
 
     The arguments are those of `mla_jax.flash_mla_with_kvcache`, already checked. On a CPU a row's
-    arithmetic is its own, so `batch_invariant` asks for nothing more; CUDA refuses it.
+    arithmetic is its own, so `batch_invariant` asks for nothing more; CUDA refuses it. `platform`
+    is given where the caller has branches by platform: JAX lowers each branch for all of them.
 
     Returns:
         out `[b, s_q, h_q, head_dim_v]` in q's dtype and lse `[b, h_q, s_q]` float32.
 
     Raises:
-        NotImplementedError: it is differentiated, or lowered for a platform that cannot run it.
+        NotImplementedError: it is lowered for a platform that cannot run it.
     """
     options = {"head_dim_v": head_dim_v, "softmax_scale": softmax_scale, "causal": causal}
     inputs: dict[str, Any] = {"q": q, "k_cache": k_cache, "block_table": block_table} | options
     calls: dict[str, Callable[..., Any]] = {"cpu": _call_cpu, "cuda": _call_cuda}
+    if platform is not None:
+        return calls[platform](q, k_cache, block_table, cache_seqlens, **options)
     branches = {
-        platform: functools.partial(call, **options)
-        for platform, call in calls.items()
-        if unsupported_reason(platform=platform, batch_invariant=batch_invariant, **inputs) is None
+        name: functools.partial(call, **options)
+        for name, call in calls.items()
+        if unsupported_reason(platform=name, batch_invariant=batch_invariant, **inputs) is None
     }
-
-    # Batched by hand: one call of b * batch sequences, not a loop of calls.
-    @jax.custom_batching.custom_vmap
-    def call(*arrays: jax.Array) -> Any:
-        # Fails when it is lowered for a platform that has no branch here, not when it runs there.
-        return jax.lax.platform_dependent(*arrays, **branches)
-
-    @call.def_vmap
-    def call_batched(size: int, batched: list[bool], *arrays: jax.Array) -> Any:
-        out, lse = call(*_fold(size, batched, *arrays))
-        unfolded = (x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in (out, lse))
-        return tuple(unfolded), (True, True)
-
-    @jax.custom_jvp
-    def differentiable(*arrays: jax.Array) -> Any:
-        return call(*arrays)
-
-    @differentiable.defjvp
-    def refuse(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError("ffi: flash_mla_with_kvcache has no gradient yet")
-
-    return differentiable(q, k_cache, block_table, cache_seqlens)
+    # Fails when it is lowered for a platform that has no branch here, not when it runs there.
+    return jax.lax.platform_dependent(q, k_cache, block_table, cache_seqlens, **branches)
 
 
 def _result_shapes(q: jax.Array, head_dim_v: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -254,33 +245,3 @@ def _call_cuda(
     call = jax.ffi.ffi_call(_TARGET, (*_result_shapes(q, head_dim_v), workspace))
     options = {"softmax_scale": np.float32(softmax_scale), "causal": causal}
     return tuple(call(q, k_cache, *arrays, **options)[:2])
-
-
-def _fold(
-    size: int,
-    batched: list[bool],
-    q: jax.Array,
-    k_cache: jax.Array,
-    block_table: jax.Array,
-    cache_seqlens: jax.Array,
-) -> tuple[jax.Array, ...]:
-    """Joins a mapped axis, first where `batched`, with the sequences and, if mapped, the pools."""
-
-    def join(x: jax.Array, is_batched: bool) -> jax.Array:
-        x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-        return x.reshape(size * x.shape[1], *x.shape[2:])
-
-    if batched[1]:
-        num_pages = k_cache.shape[1]
-        k_cache = join(k_cache, True)
-        # Page i of pool n is now n * num_pages + i; what is in no pool must not enter another's.
-        first = num_pages * jnp.arange(size, dtype=jnp.int32)[:, None, None]
-        valid = (block_table >= 0) & (block_table < num_pages)
-        block_table = jnp.where(valid, block_table + first, -1)
-        batched = [batched[0], True, True, batched[3]]
-    return (
-        join(q, batched[0]),
-        k_cache,
-        join(block_table, batched[2]),
-        join(cache_seqlens, batched[3]),
-    )

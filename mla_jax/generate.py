@@ -15,10 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mla_jax.cache import PagedKVCache, PagePoolFullError
 from mla_jax.decode import Implementation, check_implementation
 from mla_jax.deepseek import DeepseekForCausalLM
+from mla_jax.partitioning import CONTEXT, DATA
 
 # Buffers for new tokens come in multiples of this, so that near limits share an executable.
 _NEW_TOKENS_STEP = 64
@@ -75,11 +78,12 @@ class Sampling:
             filtered=top_k is not None or top_p is not None,
         )
 
-    def draw(self, logits: jax.Array, step: jax.Array) -> jax.Array:
+    def draw(self, logits: jax.Array, prompt: jax.Array, step: jax.Array) -> jax.Array:
         """Draws one token per row.
 
         Args:
             logits: `[b, vocab_size]` float32.
+            prompt: `[b]` int32, the number of each row's prompt.
             step: `[b]` int32, how many tokens each row has drawn before.
 
         Returns:
@@ -91,12 +95,11 @@ class Sampling:
         if self.filtered:
             logits = self._filter(logits)
 
-        def draw_row(row: jax.Array, step: jax.Array, logits: jax.Array) -> jax.Array:
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), row), step)
+        def draw_row(prompt: jax.Array, step: jax.Array, logits: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), prompt), step)
             return jax.random.categorical(key, logits)
 
-        rows = jnp.arange(logits.shape[0])
-        return jax.vmap(draw_row)(rows, step, logits).astype(jnp.int32)
+        return jax.vmap(draw_row)(prompt, step, logits).astype(jnp.int32)
 
     def _filter(self, logits: jax.Array) -> jax.Array:
         """Sets to -inf what top_k and then top_p leave out."""
@@ -117,6 +120,7 @@ class _State:
 
     Attributes:
         cache: the slots of prompts that are finished are empty.
+        prompt: `[b]` int32, the number of each row's prompt.
         tokens: `[b, n]` int32, the new tokens.
         num_tokens: `[b]` int32, how many of them each prompt has.
         finished: `[b]` bool.
@@ -126,6 +130,7 @@ class _State:
     """
 
     cache: PagedKVCache
+    prompt: jax.Array
     tokens: jax.Array
     num_tokens: jax.Array
     finished: jax.Array
@@ -137,7 +142,7 @@ class _State:
         """Draws the next token of every unfinished prompt; frees the pages of those that end."""
         rows = jnp.arange(logits.shape[0])
         runs = ~self.finished & granted
-        token = self.sampling.draw(logits, self.num_tokens)
+        token = self.sampling.draw(logits, self.prompt, self.num_tokens)
         # Rows that do not run write past the end, where it is dropped.
         column = jnp.where(runs, self.num_tokens, self.tokens.shape[1])
         ends = (token[:, None] == self.eos).any(axis=1) | ~granted
@@ -152,9 +157,40 @@ class _State:
         )
 
 
-@partial(jax.jit, static_argnames=("graphdef", "chunk"), donate_argnames="state")
+# How a state is cut over a mesh: rows and pools by `data`. Fields of a shard's cache are a cache.
+_ROWS = PartitionSpec(DATA)
+_FIELDS: dict[str, Any] = {field.name: _ROWS for field in dataclasses.fields(_State)}
+_CUT = _State(**_FIELDS | {"eos": PartitionSpec(), "sampling": PartitionSpec()})
+
+
+def _on_shards(mesh: Mesh | None, function: Any, *specs: Any) -> Any:
+    """Runs `function`, which returns a state, on each shard of the rows; `specs` of its arguments.
+
+    The other axes of the mesh stay automatic: XLA cuts the model by them as its parameters are.
+    """
+    if mesh is None:
+        return function
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=specs, out_specs=_CUT, axis_names={DATA}, check_vma=False
+    )
+
+
+def _anywhere(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+    """Says whether any row of any shard is True: all shards must leave a loop together."""
+    x = jnp.any(x)
+    return x if mesh is None else jax.lax.pmax(x.astype(jnp.int32), DATA) > 0
+
+
+@partial(jax.jit, static_argnames=("graphdef", "chunk", "mesh"), donate_argnames="state")
 def _prefill(
-    graphdef: Any, params: Any, state: _State, prompts: jax.Array, lengths: jax.Array, *, chunk: int
+    graphdef: Any,
+    params: Any,
+    state: _State,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    *,
+    chunk: int,
+    mesh: Mesh | None,
 ) -> _State:
     """Runs the prompts through the model, `chunk` columns at a time, and draws the first tokens.
 
@@ -165,43 +201,61 @@ def _prefill(
         prompts: `[b, t]` int32, padded on the left to a multiple of `chunk`.
         lengths: `[b]` int32.
         chunk: columns per pass.
+        mesh: that of `generate`.
     """
-    model = nnx.merge(graphdef, params)
-    b, t = prompts.shape
-    starts = jnp.arange(0, t, chunk)
-    chunks = prompts.reshape(b, t // chunk, chunk).swapaxes(0, 1)
 
-    def body(carry: Any, x: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        cache, granted, _ = carry
-        start, tokens = x
-        new = jnp.clip(start + chunk - (t - lengths), 0, chunk)
-        cache, fits = cache.reserve(jnp.where(granted, new, 0))
-        logits, cache = model.step(tokens, cache, prefill=True)
-        return (cache, granted & fits, logits), None
+    def run(params: Any, state: _State, prompts: jax.Array, lengths: jax.Array) -> _State:
+        model = nnx.merge(graphdef, params)
+        b, t = prompts.shape
+        starts = jnp.arange(0, t, chunk)
+        chunks = prompts.reshape(b, t // chunk, chunk).swapaxes(0, 1)
 
-    logits = jnp.zeros((b, model.config.vocab_size), jnp.float32)
-    carry = (state.cache, jnp.ones(b, bool), logits)
-    (cache, granted, logits), _ = jax.lax.scan(body, carry, (starts, chunks))
-    return state.take(logits, cache, granted)
+        def body(carry: Any, x: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            cache, granted, _ = carry
+            start, tokens = x
+            new = jnp.clip(start + chunk - (t - lengths), 0, chunk)
+            cache, fits = cache.reserve(jnp.where(granted, new, 0))
+            logits, cache = model.step(tokens, cache, prefill=True)
+            return (cache, granted & fits, logits), None
 
-
-@partial(jax.jit, static_argnames=("graphdef", "implementation"), donate_argnames="state")
-def _decode(
-    graphdef: Any, params: Any, state: _State, limit: jax.Array, *, implementation: Any
-) -> _State:
-    """Decodes until every prompt is finished or has `limit` new tokens."""
-    model = nnx.merge(graphdef, params)
-
-    def unfinished(state: _State) -> jax.Array:
-        return jnp.any(~state.finished & (state.num_tokens < limit)) & ~jnp.any(state.starved)
-
-    def body(state: _State) -> _State:
-        last = jnp.take_along_axis(state.tokens, state.num_tokens[:, None] - 1, axis=1, mode="clip")
-        cache, granted = state.cache.reserve(jnp.where(state.finished, 0, 1))
-        logits, cache = model.step(last, cache, implementation=implementation)
+        logits = jnp.zeros((b, model.config.vocab_size), jnp.float32)
+        carry = (state.cache, jnp.ones(b, bool), logits)
+        (cache, granted, logits), _ = jax.lax.scan(body, carry, (starts, chunks))
         return state.take(logits, cache, granted)
 
-    return jax.lax.while_loop(unfinished, body, state)
+    shards = _on_shards(mesh, run, PartitionSpec(), _CUT, _ROWS, _ROWS)
+    return shards(params, state, prompts, lengths)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "implementation", "mesh"), donate_argnames="state")
+def _decode(
+    graphdef: Any,
+    params: Any,
+    state: _State,
+    limit: jax.Array,
+    *,
+    implementation: Any,
+    mesh: Mesh | None,
+) -> _State:
+    """Decodes until every prompt is finished or has `limit` new tokens, or one is starved."""
+
+    def run(params: Any, state: _State, limit: jax.Array) -> _State:
+        model = nnx.merge(graphdef, params)
+
+        def unfinished(state: _State) -> jax.Array:
+            runs = ~state.finished & (state.num_tokens < limit)
+            return _anywhere(mesh, runs) & ~_anywhere(mesh, state.starved)
+
+        def body(state: _State) -> _State:
+            column = state.num_tokens[:, None] - 1
+            last = jnp.take_along_axis(state.tokens, column, axis=1, mode="clip")
+            cache, granted = state.cache.reserve(jnp.where(state.finished, 0, 1))
+            logits, cache = model.step(last, cache, implementation=implementation)
+            return state.take(logits, cache, granted)
+
+        return jax.lax.while_loop(unfinished, body, state)
+
+    return _on_shards(mesh, run, PartitionSpec(), _CUT, PartitionSpec())(params, state, limit)
 
 
 def stream(
@@ -219,6 +273,7 @@ def stream(
     prefill_chunk: int = 512,
     num_pages: int | None = None,
     implementation: Implementation = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[list[list[int]]]:
     """Generates like `generate` and yields the new tokens every few steps.
 
@@ -238,6 +293,7 @@ def stream(
         prefill_chunk: as there.
         num_pages: as there.
         implementation: as there.
+        mesh: as there.
 
     Yields:
         For each prompt, the tokens that are new since the last yield; empty once it has ended.
@@ -254,6 +310,7 @@ def stream(
     lengths = _check_prompts(model, prompts, max_new_tokens)
     sampling = Sampling.create(temperature, top_k, top_p, seed)
     implementation = check_implementation(implementation)
+    _check_mesh(mesh, page_size)
     if eos_token_id is None:
         eos_token_id = model.config.eos_token_id
     eos = np.atleast_1d(np.asarray(() if eos_token_id is None else eos_token_id, np.int32))
@@ -262,53 +319,70 @@ def stream(
     chunk = min(prefill_chunk, 1 << (max(lengths) - 1).bit_length())
     t = _round_up(max(lengths), chunk)
     n = _round_up(max_new_tokens, _NEW_TOKENS_STEP)
-    b, pages_each = len(prompts), -(-(t + n) // page_size)
-    tokens = np.zeros((b, t), np.int32)
+    shards = 1 if mesh is None else mesh.shape[DATA]
+    b, pages_each = _round_up(len(prompts), shards), -(-(t + n) // page_size)
+    tokens, rows = np.zeros((b, t), np.int32), np.arange(b)
     for row, prompt in enumerate(prompts):
         tokens[row, t - len(prompt) :] = prompt
+    padded = np.pad(lengths, (0, b - len(prompts)))
     if num_pages is None:
         # Every prompt at its padded length, so that the shapes tell nothing of the lengths.
-        num_pages = b * pages_each
-    cache = PagedKVCache.create(
-        num_layers=model.config.num_hidden_layers,
-        num_pages=num_pages,
-        max_seqs=b,
-        max_pages_per_seq=pages_each,
-        page_size=page_size,
-        d_k=model.config.d_cache,
-        dtype=model.dtype,
-    )
+        num_pages = b // shards * pages_each
     state = _State(
-        cache=cache,
-        tokens=jnp.zeros((b, n), jnp.int32),
-        num_tokens=jnp.zeros(b, jnp.int32),
-        finished=jnp.zeros(b, bool),
-        starved=jnp.zeros(b, bool),
-        eos=jnp.asarray(eos),
-        sampling=sampling,
+        cache=_create_cache(
+            mesh,
+            num_layers=model.config.num_hidden_layers,
+            num_pages=num_pages,
+            max_seqs=b // shards,
+            max_pages_per_seq=pages_each,
+            page_size=page_size,
+            d_k=model.config.d_cache,
+            dtype=model.dtype,
+        ),
+        prompt=_place(mesh, rows.astype(np.int32), _ROWS),
+        tokens=_place(mesh, np.zeros((b, n), np.int32), _ROWS),
+        num_tokens=_place(mesh, np.zeros(b, np.int32), _ROWS),
+        finished=_place(mesh, padded == 0, _ROWS),
+        starved=_place(mesh, np.zeros(b, bool), _ROWS),
+        eos=_place(mesh, eos, PartitionSpec()),
+        sampling=jax.tree.map(lambda x: _place(mesh, x, PartitionSpec()), sampling),
     )
 
     graphdef, params = nnx.split(model)
     state = _prefill(
-        graphdef, params, state, jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), chunk=chunk
+        graphdef,
+        params,
+        state,
+        _place(mesh, tokens, _ROWS),
+        _place(mesh, padded.astype(np.int32), _ROWS),
+        chunk=chunk,
+        mesh=mesh,
     )
     shown = np.zeros(b, np.int64)
     limit = 1
     while True:
-        num_tokens = np.asarray(state.num_tokens)
-        new = np.asarray(state.tokens)
-        yield [new[i, shown[i] : num_tokens[i]].tolist() for i in range(b)]
+        num_tokens, new, starved, finished = map(
+            _fetch, (state.num_tokens, state.tokens, state.starved, state.finished)
+        )
+        yield [new[i, shown[i] : num_tokens[i]].tolist() for i in range(len(prompts))]
         shown = num_tokens
-        if np.any(state.starved):
+        if np.any(starved):
             raise PagePoolFullError(
                 f"num_pages: got {num_pages} pages of {page_size} tokens, too few: prompts "
-                f"{np.flatnonzero(state.starved).tolist()} stopped after "
-                f"{num_tokens[np.asarray(state.starved)].tolist()} new tokens"
+                f"{np.flatnonzero(starved).tolist()} stopped after "
+                f"{num_tokens[starved].tolist()} new tokens"
             )
-        if limit >= max_new_tokens or np.all(state.finished):
+        if limit >= max_new_tokens or np.all(finished):
             return
         limit = min(limit + every, max_new_tokens)
-        state = _decode(graphdef, params, state, jnp.int32(limit), implementation=implementation)
+        state = _decode(
+            graphdef,
+            params,
+            state,
+            _place(mesh, np.int32(limit), PartitionSpec()),
+            implementation=implementation,
+            mesh=mesh,
+        )
 
 
 def generate(
@@ -325,6 +399,7 @@ def generate(
     prefill_chunk: int = 512,
     num_pages: int | None = None,
     implementation: Implementation = None,
+    mesh: Mesh | None = None,
 ) -> list[list[int]]:
     """Continues prompts of different lengths in one batch.
 
@@ -348,6 +423,10 @@ def generate(
         num_pages: pages of the cache per layer; None: enough for every prompt. With fewer, pages of
             sequences that ended serve the others.
         implementation: of decode, as for `flash_mla_with_kvcache`.
+        mesh: devices to run on, with automatic axes. Prompts are cut over axis `data`, which it
+            must have, and `num_pages` is then the pool of each of its devices; the model over
+            `tensor`, as `mla_jax.shard` cut it; each page of the cache over `context`. Tokens are
+            those of one device up to rounding. With several processes, each makes the same call.
 
     Returns:
         For each prompt its new tokens; one that ended does so with the token that ended it.
@@ -371,9 +450,53 @@ def generate(
             prefill_chunk=prefill_chunk,
             num_pages=num_pages,
             implementation=implementation,
+            mesh=mesh,
         )
     )
     return [list(chain.from_iterable(tokens)) for tokens in zip(*parts, strict=True)]
+
+
+def _create_cache(mesh: Mesh | None, **sizes: Any) -> PagedKVCache:
+    """Makes an empty cache, or on a mesh one of these sizes for each shard of the rows."""
+    create = partial(PagedKVCache.create, **sizes)
+    if mesh is None:
+        return create()
+    shards = jax.shard_map(
+        create, mesh=mesh, in_specs=(), out_specs=_ROWS, axis_names={DATA}, check_vma=False
+    )
+    rows = NamedSharding(mesh, _ROWS)
+    slots = CONTEXT if CONTEXT in mesh.axis_names else None
+    layout = dataclasses.replace(
+        jax.tree.map(lambda _: rows, jax.eval_shape(create)),
+        pages=NamedSharding(mesh, PartitionSpec(DATA, slots)),
+    )
+    return jax.jit(shards, out_shardings=layout)()
+
+
+def _place(mesh: Mesh | None, x: Any, spec: PartitionSpec) -> jax.Array:
+    return jnp.asarray(x) if mesh is None else jax.device_put(x, NamedSharding(mesh, spec))
+
+
+def _fetch(x: jax.Array) -> np.ndarray:
+    """Brings an array to the host, from the devices of other processes, too."""
+    if not x.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+
+def _check_mesh(mesh: Mesh | None, page_size: int) -> None:
+    if mesh is None:
+        return
+    if DATA not in mesh.axis_names or mesh.explicit_axes:
+        raise ValueError(
+            f"mesh: got {mesh}, expected an axis {DATA!r} (it may have one device) and automatic "
+            "axes only (axis_types=jax.sharding.AxisType.Auto)"
+        )
+    if page_size % (slices := mesh.shape.get(CONTEXT, 1)):
+        raise ValueError(
+            f"page_size: got {page_size}, expected a multiple of the {slices} devices of axis "
+            f"{CONTEXT!r} of mesh"
+        )
 
 
 def _round_up(x: int, multiple: int) -> int:

@@ -13,6 +13,7 @@ from flax.typing import Dtype, Initializer
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.decode import Implementation, flash_mla_with_kvcache
+from mla_jax.partitioning import TENSOR, cut
 from mla_jax.rope import RopeConfig, apply_rope, rope_tables, softmax_scale
 from mla_jax.xla import attend_pages, capacity, visible_tokens
 
@@ -31,7 +32,8 @@ class MultiHeadLatentAttention(nnx.Module):
       `flash_mla_with_kvcache`: few new tokens after a long prefix.
 
     All three agree. Submodules are named as in DeepSeek's checkpoints; `kv_b_proj` is stored once
-    and viewed as W_UK and W_UV where it is absorbed.
+    and viewed as W_UK and W_UV where it is absorbed. Kernels that belong to heads carry sharding
+    metadata for mesh axis `tensor` (`mla_jax.shard`).
 
     Args:
         hidden_size: width of the residual stream.
@@ -92,11 +94,14 @@ class MultiHeadLatentAttention(nnx.Module):
         self.rope = rope
         self.softmax_scale = softmax_scale(rope, qk_nope_head_dim + qk_rope_head_dim)
 
-        def linear(d_in: int, d_out: int, use_bias: bool = False) -> nnx.Linear:
+        def linear(
+            d_in: int, d_out: int, use_bias: bool = False, by: tuple[str | None, ...] = ()
+        ) -> nnx.Linear:
             return nnx.Linear(
                 d_in,
                 d_out,
                 use_bias=use_bias,
+                kernel_metadata=cut(*by) if by else {},
                 dtype=dtype,
                 param_dtype=param_dtype,
                 kernel_init=kernel_init,
@@ -114,16 +119,18 @@ class MultiHeadLatentAttention(nnx.Module):
 
         d_q = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
         if q_lora_rank is None:
-            self.q_proj = linear(hidden_size, d_q)
+            self.q_proj = linear(hidden_size, d_q, by=(None, TENSOR))
         else:
             self.q_a_proj = linear(hidden_size, q_lora_rank, attention_bias)
             self.q_a_layernorm = norm(q_lora_rank)
-            self.q_b_proj = linear(q_lora_rank, d_q)
+            self.q_b_proj = linear(q_lora_rank, d_q, by=(None, TENSOR))
         self.q_lora_rank = q_lora_rank
         self.kv_a_proj_with_mqa = linear(hidden_size, self.d_cache, attention_bias)
         self.kv_a_layernorm = norm(kv_lora_rank)
-        self.kv_b_proj = linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim))
-        self.o_proj = linear(num_heads * v_head_dim, hidden_size, attention_bias)
+        self.kv_b_proj = linear(
+            kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), by=(None, TENSOR)
+        )
+        self.o_proj = linear(num_heads * v_head_dim, hidden_size, attention_bias, by=(TENSOR, None))
 
     @property
     def d_cache(self) -> int:

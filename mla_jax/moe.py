@@ -14,6 +14,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype
 
 from mla_jax.config import DeepseekConfig
+from mla_jax.partitioning import TENSOR, cut
 
 
 class Mlp(nnx.Module):
@@ -22,9 +23,9 @@ class Mlp(nnx.Module):
     def __init__(
         self, hidden_size: int, intermediate_size: int, *, linear: Callable[..., nnx.Linear]
     ):
-        self.gate_proj = linear(hidden_size, intermediate_size)
-        self.up_proj = linear(hidden_size, intermediate_size)
-        self.down_proj = linear(intermediate_size, hidden_size)
+        self.gate_proj = linear(hidden_size, intermediate_size, by=(None, TENSOR))
+        self.up_proj = linear(hidden_size, intermediate_size, by=(None, TENSOR))
+        self.down_proj = linear(intermediate_size, hidden_size, by=(TENSOR, None))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., hidden_size]` to the same shape."""
@@ -85,9 +86,11 @@ class Experts(nnx.Module):
         e, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         init = nnx.initializers.lecun_normal(batch_axis=0)
         self.dtype = dtype
-        self.gate_proj = nnx.Param(init(rngs.params(), (e, d, f), param_dtype))
-        self.up_proj = nnx.Param(init(rngs.params(), (e, d, f), param_dtype))
-        self.down_proj = nnx.Param(init(rngs.params(), (e, f, d), param_dtype))
+        # Every device has a slice of every expert, so that all are equally busy.
+        wide, narrow = cut(None, None, TENSOR), cut(None, TENSOR, None)
+        self.gate_proj = nnx.Param(init(rngs.params(), (e, d, f), param_dtype), **wide)
+        self.up_proj = nnx.Param(init(rngs.params(), (e, d, f), param_dtype), **wide)
+        self.down_proj = nnx.Param(init(rngs.params(), (e, f, d), param_dtype), **narrow)
 
     def __call__(self, x: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
         """Computes each token's weighted sum over its experts.

@@ -24,7 +24,10 @@ def unsupported_reason(**_: object) -> str | None:
     return None
 
 
-@partial(jax.jit, static_argnames=("head_dim_v", "softmax_scale", "causal", "batch_invariant"))
+@partial(
+    jax.jit,
+    static_argnames=("head_dim_v", "softmax_scale", "causal", "batch_invariant", "platform"),
+)
 def decode(
     q: jax.Array,
     k_cache: jax.Array,
@@ -35,20 +38,20 @@ def decode(
     softmax_scale: float,
     causal: bool,
     batch_invariant: bool,
+    platform: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends each query to the cached tokens of its sequence.
 
-    The arguments are those of `mla_jax.flash_mla_with_kvcache`, already checked.
+    The arguments are those of `mla_jax.flash_mla_with_kvcache`, already checked; `platform` makes
+    no difference.
 
     Returns:
         out `[b, s_q, h_q, head_dim_v]` in q's dtype and lse `[b, h_q, s_q]` float32.
     """
-    b, s_q, h_q, d_k = q.shape
+    b, s_q, h_q, _ = q.shape
     h_kv = k_cache.shape[2]
     group = h_q // h_kv
-    # All queries that read the same keys are rows of one matrix: head g of group h is row (j, g).
-    rows = q.reshape(b, s_q, h_kv, group, d_k).transpose(0, 2, 1, 3, 4)
-    rows = rows.reshape(b, h_kv, s_q * group, d_k)
+    rows = to_rows(q, h_kv)
     visible = visible_tokens(cache_seqlens, s_q, causal, capacity(k_cache, block_table))
     visible = jnp.repeat(visible, group, axis=1)
 
@@ -74,9 +77,27 @@ def decode(
     else:
         out, lse = attend(rows, block_table, visible)
 
-    out = out.reshape(b, h_kv, s_q, group, head_dim_v).transpose(0, 2, 1, 3, 4)
     lse = lse.reshape(b, h_kv, s_q, group).transpose(0, 1, 3, 2)
-    return out.reshape(b, s_q, h_q, head_dim_v).astype(q.dtype), lse.reshape(b, h_q, s_q)
+    return from_rows(out, s_q).astype(q.dtype), lse.reshape(b, h_q, s_q)
+
+
+def to_rows(q: jax.Array, h_kv: int) -> jax.Array:
+    """Groups `[b, s_q, h_q, d]` by KV head into `[b, h_kv, s_q * group, d]`.
+
+    All queries that read the same keys are rows of one matrix: head g of a group is row (j, g).
+    """
+    b, s_q, h_q, d = q.shape
+    group = h_q // h_kv
+    rows = q.reshape(b, s_q, h_kv, group, d).transpose(0, 2, 1, 3, 4)
+    return rows.reshape(b, h_kv, s_q * group, d)
+
+
+def from_rows(rows: jax.Array, s_q: int) -> jax.Array:
+    """Undoes `to_rows`."""
+    b, h_kv, r, d = rows.shape
+    group = r // s_q
+    rows = rows.reshape(b, h_kv, s_q, group, d).transpose(0, 2, 1, 3, 4)
+    return rows.reshape(b, s_q, h_kv * group, d)
 
 
 def capacity(k_cache: jax.Array, block_table: jax.Array) -> int:
@@ -90,6 +111,46 @@ def visible_tokens(seqlens: jax.Array, s_q: int, causal: bool, capacity: int) ->
     if not causal:
         return jnp.broadcast_to(seqlens, (seqlens.shape[0], s_q))
     return jnp.maximum(seqlens - s_q + jnp.arange(1, s_q + 1), 0)
+
+
+class Chunks:
+    """The tokens that a batch sees, a fixed number of whole pages at a time.
+
+    Attributes:
+        count: int32 scalar, how many chunks the longest sequence needs, whatever the width of the
+            table.
+    """
+
+    def __init__(self, k_cache: jax.Array, block_table: jax.Array, visible: jax.Array):
+        """Cuts pages `[num_pages, page_size, h, d]` by tables; `visible` as for `attend_pages`."""
+        num_pages, page_size = k_cache.shape[:2]
+        self._pages = min(max(1, _CHUNK // page_size), block_table.shape[1])
+        self._tokens = self._pages * page_size
+        table = jnp.pad(block_table, ((0, 0), (0, -block_table.shape[1] % self._pages)))
+        # Negative ids would count from the end of the pool; past the end they read as zeros.
+        self._table = jnp.where(table < 0, num_pages, table)
+        self._k_cache = k_cache
+        self._seqlens = visible.max(axis=1, initial=0)
+        self.count = (self._seqlens.max(initial=0) + self._tokens - 1) // self._tokens
+
+    def load(self, i: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Reads chunk `i` of every sequence.
+
+        Returns:
+            ids `[b, pages]` int32 of its pages, at least 0, in no pool where past its end; the
+            number of each token in its sequence, `[n]`; the tokens `[b, n, h, d]`, 0 past the
+            length.
+        """
+        ids = jax.lax.dynamic_slice_in_dim(self._table, i * self._pages, self._pages, axis=1)
+        cached = self._k_cache.at[ids].get(mode="fill", fill_value=0)
+        cached = cached.reshape(ids.shape[0], self._tokens, *cached.shape[3:])
+        token = i * self._tokens + jnp.arange(self._tokens)
+        # A weight of 0 does not silence a NaN: what lies past the length is cleared itself.
+        return ids, token, jnp.where(self.holds(token)[:, :, None, None], cached, 0)
+
+    def holds(self, token: jax.Array) -> jax.Array:
+        """Says which tokens `[n]` lie within each sequence, `[b, n]`."""
+        return token < self._seqlens[:, None]
 
 
 def attend_pages(
@@ -123,21 +184,11 @@ def attend_pages(
         nothing gives 0 and +inf.
     """
     b, h, r, _ = q.shape
-    num_pages, page_size, *token_shape = k_cache.shape
-    pages_per_chunk = min(max(1, _CHUNK // page_size), block_table.shape[1])
-    chunk = pages_per_chunk * page_size
-    table = jnp.pad(block_table, ((0, 0), (0, -block_table.shape[1] % pages_per_chunk)))
-    # Negative ids would count from the end of the pool; past the end they read as zeros instead.
-    table = jnp.where(table < 0, num_pages, table)
-    seqlens = visible.max(axis=1, initial=0)
+    chunks = Chunks(k_cache, block_table, visible)
 
     def step(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
         m, total, acc = state
-        ids = jax.lax.dynamic_slice_in_dim(table, i * pages_per_chunk, pages_per_chunk, axis=1)
-        cached = k_cache.at[ids].get(mode="fill", fill_value=0).reshape(b, chunk, *token_shape)
-        token = i * chunk + jnp.arange(chunk)
-        # A weight of 0 does not silence a NaN: what lies past the length is cleared itself.
-        cached = jnp.where((token < seqlens[:, None])[:, :, None, None], cached, 0)
+        _, token, cached = chunks.load(i)
         k, v = expand(cached)
 
         scores = scale * jnp.einsum("bhrd,bnhd->bhrn", q, k, preferred_element_type=jnp.float32)
@@ -150,16 +201,14 @@ def attend_pages(
         pv = jnp.einsum("bhrn,bnhv->bhrv", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return m_new, total, alpha[..., None] * acc + pv
 
-    cached = jax.ShapeDtypeStruct((b, chunk, *token_shape), k_cache.dtype)
-    d_v = jax.eval_shape(expand, cached)[1].shape[-1]
+    d_v = jax.eval_shape(lambda: expand(chunks.load(0)[2]))[1].shape[-1]
     start = (
         jnp.full((b, h, r), -jnp.inf),
         jnp.zeros((b, h, r)),
         jnp.zeros((b, h, r, d_v)),
     )
     start = jax.tree.map(lambda x: x.astype(jnp.float32), start)
-    num_chunks = (seqlens.max(initial=0) + chunk - 1) // chunk
-    m, total, acc = jax.lax.fori_loop(0, num_chunks, step, start)
+    m, total, acc = jax.lax.fori_loop(0, chunks.count, step, start)
     seen = total != 0
     total = jnp.where(seen, total, 1.0)
     out = acc / total[..., None]

@@ -16,12 +16,13 @@ _PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _PROCESSES)))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Most of the time is compilation: on a CPU half of it LLVM's optimisation, on a GPU autotuning.
-_FLAG = (
-    "xla_backend_optimization_level"
+# On a CPU there are eight devices, for tests of meshes.
+_FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
     if shutil.which("nvidia-smi") is None
-    else "xla_gpu_autotune_level"
+    else "--xla_gpu_autotune_level=0"
 )
-os.environ.setdefault("XLA_FLAGS", f"--{_FLAG}=0")
+os.environ.setdefault("XLA_FLAGS", _FLAGS)
 # GPUs multiply float32 in a shorter format unless told.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 

@@ -59,12 +59,15 @@ MUTANTS = {
     ),
     "NaN past the length not cleared": Mutant(
         "xla.py",
-        "jnp.where((token < seqlens[:, None])[:, :, None, None], cached, 0)",
+        "jnp.where(self.holds(token)[:, :, None, None], cached, 0)",
         "cached",
         "test_decode.py -k 'not grid'",
     ),
     "page off by one": Mutant(
-        "xla.py", "k_cache.at[ids].get", "k_cache.at[ids + 1].get", "test_decode.py -k 'not grid'"
+        "xla.py",
+        "self._k_cache.at[ids].get",
+        "self._k_cache.at[ids + 1].get",
+        "test_decode.py -k 'not grid'",
     ),
     "negative page ids count from the end": Mutant(
         "xla.py",
@@ -77,16 +80,36 @@ MUTANTS = {
     ),
     "head groups transposed": Mutant(
         "xla.py",
-        "q.reshape(b, s_q, h_kv, group, d_k).transpose(0, 2, 1, 3, 4)",
-        "q.reshape(b, s_q, group, h_kv, d_k).transpose(0, 3, 1, 2, 4)",
+        "q.reshape(b, s_q, h_kv, group, d).transpose(0, 2, 1, 3, 4)",
+        "q.reshape(b, s_q, group, h_kv, d).transpose(0, 3, 1, 2, 4)",
         "test_decode.py -k 'not grid'",
     ),
     "vmap lets ids of one pool into the next": Mutant(
-        "ffi.py", "jnp.where(valid, block_table + first, -1)", "block_table + first", "test_ffi.py"
+        "batching.py", "jnp.where(valid, block_table + first, -1)", "block_table + first",
+        "test_ffi.py",
     ),
     "vmap forgets which pool": Mutant(
-        "ffi.py", "jnp.where(valid, block_table + first, -1)", "jnp.where(valid, block_table, -1)",
+        "batching.py", "jnp.where(valid, block_table + first, -1)",
+        "jnp.where(valid, block_table, -1)",
         "test_ffi.py test_decode.py -k vmap",
+    ),
+    "gradient forgets the cotangent of lse": Mutant(
+        "gradient.py", "products.sum(-1, keepdims=True) - d_lse", "products.sum(-1, keepdims=True)",
+        "test_gradient.py",
+    ),
+    "gradient forgets that values are keys": Mutant(
+        "gradient.py", "dk.at[..., :d_v].add", "dk.at[..., :d_v].subtract", "test_gradient.py"
+    ),
+    "last sequence of a shared page wins": Mutant(
+        "gradient.py", "dk_cache.at[ids].add(dk", "dk_cache.at[ids].set(dk", "test_gradient.py"
+    ),
+    "unseen query's cotangents not cleared": Mutant(
+        "gradient.py", "jnp.where(seen, to_rows(d_out, h_kv), 0)", "to_rows(d_out, h_kv)",
+        "test_gradient.py",
+    ),
+    "NaN cotangents reach unused slots": Mutant(
+        "gradient.py", "jnp.where(chunks.holds(token)[:, :, None, None], dk, 0)", "dk",
+        "test_gradient.py",
     ),
     "library for a newer FFI registered": Mutant(
         "ffi.py", " or built[1] > runtime[1]", "", "test_ffi.py"

@@ -438,23 +438,23 @@ def test_xla_gathers_no_whole_table():
 
 @pytest.fixture
 def implementations(monkeypatch):
-    """Two implementations that only say their names, the first unable, and one unable more."""
+    """Two implementations that cannot run, and one whose result is 7 everywhere."""
 
-    def fake(name, reason=None):
-        return SimpleNamespace(
-            unsupported_reason=lambda **inputs: reason, decode=lambda *args, **options: name
-        )
+    def sevens(q, *rest, head_dim_v, **options):
+        return jnp.full((*q.shape[:3], head_dim_v), 7, q.dtype), jnp.full(q.shape[2::-1], 7.0)
 
-    table = {"fast": fake("fast", "wants a GPU"), "new": fake("new", "is not built")}
-    monkeypatch.setattr(decode, "_IMPLEMENTATIONS", table | {"plain": fake("plain")})
+    def fake(reason=None):
+        return SimpleNamespace(unsupported_reason=lambda **inputs: reason, decode=sevens)
+
+    table = {"fast": fake("wants a GPU"), "new": fake("is not built"), "plain": fake()}
+    monkeypatch.setattr(decode, "_IMPLEMENTATIONS", table)
 
 
 def test_choice(implementations):
     arrays = (*problem([3]).arrays(), 512)
     run = functools.partial(mla_jax.flash_mla_with_kvcache, *arrays)
-    assert run() == "plain"
-    assert run(implementation="plain") == "plain"
-    assert run(implementation=("new", "plain", "fast")) == "plain"
+    for implementation in (None, "plain", ("new", "plain", "fast")):
+        assert (run(implementation=implementation)[0] == 7).all()
     with pytest.raises(NotImplementedError, match=r"^fast: wants a GPU$"):
         run(implementation="fast")
     with pytest.raises(NotImplementedError, match=r"^new: is not built$"):

@@ -123,12 +123,6 @@ def test_handler_takes_the_right_call():
 # --- What Python refuses, and why the library may be absent ---------------------------------------
 
 
-def test_no_gradient():
-    q, *rest = problem([3], dtype="float32").arrays()
-    with pytest.raises(NotImplementedError, match="^ffi: flash_mla_with_kvcache has no gradient"):
-        jax.grad(lambda q: run(q, *rest)[0].sum())(q)
-
-
 def test_other_platforms(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     arrays = problem([3]).arrays()

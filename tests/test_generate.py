@@ -165,7 +165,9 @@ def test_sampling_follows_the_filtered_distribution(top_k, top_p):
         p[order[before >= top_p]] = 0
         p /= p.sum()
     sampling = generation.Sampling.create(temperature, top_k, top_p, seed=4)
-    tokens = jax.jit(sampling.draw)(jnp.tile(logits, (draws, 1)), jnp.zeros(draws, jnp.int32))
+    tokens = jax.jit(sampling.draw)(
+        jnp.tile(logits, (draws, 1)), jnp.arange(draws), jnp.zeros(draws, jnp.int32)
+    )
     counts = np.bincount(tokens, minlength=12)
     assert counts[p == 0].sum() == 0
     chi_square = (((counts - draws * p) ** 2)[p > 0] / (draws * p[p > 0])).sum()
@@ -175,7 +177,7 @@ def test_sampling_follows_the_filtered_distribution(top_k, top_p):
 def test_draws_differ_by_row_and_step():
     sampling = generation.Sampling.create(1.0, seed=0)
     flat = jnp.zeros((64, 1000))
-    first, second = (sampling.draw(flat, jnp.full(64, step)) for step in (0, 1))
+    first, second = (sampling.draw(flat, jnp.arange(64), jnp.full(64, step)) for step in (0, 1))
     assert len(set(first.tolist())) > 50
     assert (first != second).sum() > 50
 

@@ -17,6 +17,15 @@ def test_python_blocks_run_in_order(capsys):
     assert "runs: " in capsys.readouterr().out
 
 
+def test_python_blocks_of_scaling_run_in_order():
+    text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    scope: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(compile(block, "docs/scaling.md", "exec"), scope)
+    assert [len(new) for new in scope["tokens"]] == [4, 4]
+    assert scope["out"].shape == (2, 1, 16, 512)
+
+
 def test_first_block_is_two_commands():
     """The first installs and runs the main job, the second installs and runs the tests."""
     block = re.search(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)

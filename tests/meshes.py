@@ -1,0 +1,43 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Meshes of the test machine's devices, and the collectives of compiled programs."""
+
+import math
+import re
+from collections import Counter
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+_KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+
+
+def mesh(kind: AxisType = AxisType.Auto, **sizes: int) -> Mesh:
+    """Returns a mesh with axes of these names and sizes, or skips where devices are too few."""
+    number = math.prod(sizes.values())
+    if jax.device_count() < number:
+        pytest.skip(f"needs {number} devices, has {jax.device_count()}")
+    devices = np.array(jax.devices()[:number]).reshape(tuple(sizes.values()))
+    return Mesh(devices, tuple(sizes), axis_types=(kind,) * len(sizes))
+
+
+def put(x: Any, mesh: Mesh, *spec: Any) -> jax.Array:
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def collectives(text: str) -> dict[str, list[int]]:
+    """Lists, for each kind of collective in compiled HLO, the elements of each one's results."""
+    found: dict[str, list[int]] = {}
+    for shapes, kind in re.findall(rf"= (.+?) ({_KINDS})(?:-start)?\(", text):
+        sizes = re.findall(r"\w+\[([\d,]*)\]", shapes)
+        elements = sum(math.prod(int(n) for n in size.split(",") if n) for size in sizes)
+        found.setdefault(kind, []).append(elements)
+    return found
+
+
+def kinds(text: str) -> Counter[str]:
+    """Counts the collectives of each kind."""
+    return Counter({kind: len(sizes) for kind, sizes in collectives(text).items()})

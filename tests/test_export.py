@@ -1,0 +1,82 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""One exported program for several platforms, in another process, and with any batch."""
+
+import functools
+import importlib.util
+import pickle
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from reference import assert_close, attend, problem
+
+import mla_jax
+
+ALLOWED = [jax.export.DisabledSafetyCheck.custom_call("mla_jax_decode")]
+export = functools.partial(
+    jax.export.export, platforms=("cpu", "cuda"), disabled_checks=ALLOWED
+)  # fmt: skip
+
+_LOAD = """
+import pickle
+import sys
+import jax
+import mla_jax  # registers what the program calls
+
+program, arrays = pickle.load(sys.stdin.buffer)
+results = jax.export.deserialize(program).call(*arrays)
+pickle.dump([jax.device_get(x) for x in results], sys.stdout.buffer)
+"""
+
+
+def step(q, k_cache, block_table, cache_seqlens):
+    return mla_jax.flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, 512, causal=True)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the other process has no GPU to itself")
+@pytest.mark.skipif(importlib.util.find_spec("flatbuffers") is None, reason="needs flatbuffers")
+def test_in_a_new_process():
+    p = problem([130, 0, 64], s_q=2, dtype="bfloat16")
+    exported = export(jax.jit(step))(*p.arrays())
+    assert exported.platforms == ("cpu", "cuda")
+    arrays = (p.q, p.k_cache, p.block_table, p.cache_seqlens)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", _LOAD],
+        input=pickle.dumps((exported.serialize(), arrays)),
+        check=True,
+        stdout=subprocess.PIPE,
+        timeout=120,
+    )
+    got = pickle.loads(done.stdout)
+    assert_close(got, attend(p, causal=True))
+    for x, y in zip(got, step(*p.arrays()), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_each_platform_has_what_suits_it():
+    """Traced on one machine, no implementation is named: each platform takes its own."""
+    arrays = problem([3], dtype="float32").arrays()
+    text = export(jax.jit(step))(*arrays).mlir_module()
+    cpu = mla_jax.explain(*arrays, 512, implementation=("ffi", "xla")).implementation
+    # The CUDA kernel takes no float32: there it is the plain form.
+    assert text.count("mla_jax_decode") == (cpu == "ffi")
+    assert "stablehlo.while" in text
+
+
+def test_any_batch(op):
+    """A symbolic number of sequences: one program, called with others than it was traced for."""
+    p = problem([130, 0, 64], s_q=2, dtype="float32")
+    scope = jax.export.SymbolicScope()
+    (b,) = jax.export.symbolic_shape("b", scope=scope)
+    shapes = [
+        jax.ShapeDtypeStruct(x.shape if i == 1 else (b, *x.shape[1:]), x.dtype)
+        for i, x in enumerate(p.arrays())
+    ]
+    run = jax.jit(lambda *a: op(*a, 512, causal=True))
+    exported = jax.export.export(run, disabled_checks=ALLOWED)(*shapes)
+    for rows in (slice(0, 3), slice(1, 3)):
+        some = p.rows(rows)
+        assert_close(exported.call(*some.arrays()), attend(some, causal=True))

@@ -1,0 +1,315 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The op and whole generation over meshes: the results of one device, and what is exchanged."""
+
+import functools
+import importlib
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from meshes import collectives, kinds, mesh, put
+from reference import assert_close, attend, problem
+
+import mla_jax
+from mla_jax import DeepseekConfig, DeepseekForCausalLM, PagePoolFullError, generate, shard
+
+generation = importlib.import_module("mla_jax.generate")
+
+# --- The op under plain jit -----------------------------------------------------------------------
+
+
+class Cut(NamedTuple):
+    """How operands lie on a mesh of `x` (2) and `y` (4), and what may then be exchanged."""
+
+    q: tuple = ()
+    pool: tuple = ()
+    rows: tuple = ()
+    exchanged: frozenset = frozenset()
+    out: tuple = ()
+
+
+MERGED = frozenset({"all-reduce"})
+CUTS = {
+    "heads": Cut(q=(None, None, "y"), out=(None, None, "y")),
+    "sequences": Cut(q=("x",), rows=("x",), out=("x",)),
+    "sequences and heads": Cut(q=("x", None, "y"), rows=("x",), out=("x", None, "y")),
+    "pages": Cut(pool=("x",), exchanged=MERGED),
+    "pages by two axes": Cut(pool=(("y", "x"),), exchanged=MERGED),
+    "slots": Cut(pool=(None, "y"), exchanged=MERGED),
+    "pages and slots": Cut(pool=("x", "y"), exchanged=MERGED),
+    "slots and heads": Cut(
+        q=(None, None, "y"), pool=(None, "x"), exchanged=MERGED, out=(None, None, "y")
+    ),
+    # Sequences on devices that hold other tokens: queries travel, the pool does not.
+    "sequences and pages by one axis": Cut(
+        q=("x",), pool=("x",), rows=("x",), exchanged=MERGED | {"all-gather"}
+    ),
+}
+
+
+def laid_out(p, cut, kind):
+    m = mesh(kind, x=2, y=4)
+    q, k_cache, table, lengths = p.arrays()
+    return (
+        put(q, m, *cut.q),
+        put(k_cache, m, *cut.pool),
+        put(table, m, *cut.rows),
+        put(lengths, m, *cut.rows),
+    )
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("cut", CUTS)
+def test_jit_of_sharded_operands(op, cut, kind):
+    """Sequences end in different pages; the pool is poisoned where no one may read."""
+    p = problem([130, 70, 3, 0], h_q=8, s_q=2, page_size=16, num_pages=16, dtype="float32")
+    cut = CUTS[cut]
+    arrays = laid_out(p, cut, kind)
+    compiled = jax.jit(lambda *a: op(*a, 512, causal=True)).lower(*arrays).compile()
+    got = compiled(*arrays)
+    assert_close(got, attend(p, causal=True))
+    exchanged = collectives(compiled.as_text())
+    assert set(exchanged) == cut.exchanged
+    # At most the queries, or the merged results: never the pool, nor what is gathered from it.
+    largest = max(p.q.size, 4 * 2 * 8 * 513)
+    assert all(size <= largest for sizes in exchanged.values() for size in sizes)
+    assert largest < p.k_cache.size
+    if kind == AxisType.Auto:
+        assert got[0].sharding.spec == P(*cut.out) or len(cut.exchanged) > 1
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_kv_heads_go_with_their_queries(op, kind):
+    p = problem([33, 9], h_q=8, h_kv=4, page_size=16, dtype="float32")
+    heads = (None, None, "y")
+    for cut in (Cut(q=heads, pool=heads), Cut(q=heads), Cut(pool=heads)):
+        run = jax.jit(lambda *a: op(*a, 512))
+        arrays = laid_out(p, cut, kind)
+        assert_close(run(*arrays), attend(p))
+        exchanged = collectives(run.lower(*arrays).compile().as_text())
+        assert max(sum(exchanged.values(), [0])) <= p.q.size
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_pool_cut_by_channels_is_refused(op, kind):
+    arrays = laid_out(problem([3], dtype="float32"), Cut(pool=(None, None, None, "y")), kind)
+    message = r"k_cache: got d_k cut over mesh axes \('y',\), expected pages, slots or heads"
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=message):
+        jax.jit(lambda *a: op(*a, 512))(*arrays)
+
+
+@pytest.mark.parametrize("cut", ["sequences and heads", "pages", "slots and heads"])
+def test_gradients_of_sharded_operands(op, cut):
+    p = problem(
+        [40, 9, 3, 0], h_q=8, s_q=2, page_size=8, num_pages=16, d_k=24, d_v=16, dtype="float32"
+    )
+    rest = p.arrays()[2:]
+    loss = lambda q, k: jnp.sin(op(q, k, *rest, 16, causal=True)[0]).sum()  # noqa: E731
+    grad = jax.jit(jax.grad(loss, (0, 1)))
+    expected = grad(*p.arrays()[:2])
+    arrays = laid_out(p, CUTS[cut], AxisType.Auto)[:2]
+    for x, y in zip(grad(*arrays), expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_partly_manual_mesh(op):
+    """Inside a shard_map over some axes, the names of the others decide."""
+    p = problem([130, 70, 3, 0], h_q=8, s_q=2, page_size=16, num_pages=16, dtype="float32")
+    rows = P("data")
+    run = functools.partial(op, head_dim_v=512, causal=True)
+
+    def mapped(m):
+        return jax.jit(
+            jax.shard_map(
+                run, mesh=m, in_specs=(rows, P(), rows, rows), out_specs=rows, axis_names={"data"}
+            )
+        )
+
+    m = mesh(data=2, tensor=2, context=2)
+    q, k_cache, *rest = p.arrays()
+    arrays = (put(q, m, "data", None, "tensor"), put(k_cache, m, None, "context"), *rest)
+    compiled = mapped(m).lower(*arrays).compile()
+    assert_close(compiled(*arrays), attend(p, causal=True))
+    assert set(collectives(compiled.as_text())) <= {"all-reduce"}
+    with pytest.raises(ValueError, match=r"leaves mesh axes \['rows'\] automatic, expected 'tens"):
+        mapped(mesh(data=2, rows=2))(*p.arrays())
+
+
+# --- Inside shard_map -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("cut", "pool"), [("slots", P(None, "context")), ("pages", P("context"))])
+def test_context_parallel_decode(op, implementation, cut, pool, causal):
+    """Every way that the newest tokens may lie: in one device's slots or pages, or in several."""
+    lengths = [0, 1, 2, 3, 15, 16, 17, 18, 31, 33, 100]
+    p = problem(lengths, s_q=3, page_size=16, num_pages=40, dtype="float32")
+    table = p.block_table.copy()
+    table[-1, 2:4] = [-1, 2**31 - 1]  # pages of zeros, counted once
+    p = replace(p, block_table=table)
+    m = mesh(context=4)
+    op(*p.arrays(), 512)  # skips where the implementation cannot run
+    run = functools.partial(
+        mla_jax.context_parallel_decode,
+        head_dim_v=512,
+        causal=causal,
+        cut=cut,
+        implementation=implementation,
+    )
+    specs = {"in_specs": (P(), pool, P(), P()), "out_specs": P()}
+    mapped = jax.jit(jax.shard_map(run, mesh=m, check_vma=False, **specs))
+    compiled = mapped.lower(*p.arrays()).compile()
+    assert_close(compiled(*p.arrays()), attend(p, causal=causal))
+    exchanged = collectives(compiled.as_text())
+    assert set(exchanged) == {"all-reduce"}
+    b, s_q, h_q, _ = p.q.shape
+    assert sum(exchanged["all-reduce"]) == b * s_q * h_q * (1 + 1 + 512)  # largest, sum, outputs
+
+
+def test_context_parallel_decode_refuses():
+    with pytest.raises(ValueError, match='cut: got "?\'heads\', expected "slots" or "pages"'):
+        mla_jax.context_parallel_decode(*problem([3]).arrays(), 512, cut="heads")
+
+
+# --- Whole models ---------------------------------------------------------------------------------
+
+CONFIG = DeepseekConfig(
+    model_type="deepseek_v3",
+    vocab_size=200,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    num_attention_heads=8,
+    q_lora_rank=12,
+    kv_lora_rank=24,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    topk_method="noaux_tc",
+    moe_intermediate_size=16,
+    n_shared_experts=1,
+    max_position_embeddings=512,
+)
+PROMPTS = [[5, 9, 3, 30, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
+OPTIONS = {"max_new_tokens": 20, "page_size": 8}
+
+
+def make(m=None):
+    model = DeepseekForCausalLM(CONFIG, rngs=nnx.Rngs(3))
+    model.lm_head.kernel[...] *= 8  # sharp logits: tokens vary and do not hang on rounding
+    if m is not None:
+        shard(model, m)
+    return model
+
+
+@pytest.fixture(scope="module")
+def expected():
+    tokens = generate(make(), PROMPTS, **OPTIONS)
+    assert min(len(set(t)) for t in tokens) > 3
+    return tokens
+
+
+# Mesh, and the collectives of a decode step of the two layers. All-reduces: one asks whether all
+# shards are done; one each of attention output and feed-forward layer by `tensor`, two of attention
+# by `context`. The most likely token takes two gathers of one candidate a device.
+MESHES = [
+    ({"data": 1, "tensor": 8}, {"all-reduce": 1 + 2 * 2, "all-gather": 2}),
+    ({"data": 2, "tensor": 4}, {"all-reduce": 1 + 2 * 2, "all-gather": 2}),
+    ({"data": 1, "context": 4}, {"all-reduce": 1 + 2 * 2}),
+    ({"data": 2, "tensor": 2, "context": 2}, {"all-reduce": 1 + 4 * 2, "all-gather": 2}),
+]
+
+
+@pytest.mark.parametrize(("sizes", "exchanged"), MESHES, ids=str)
+def test_generation(expected, sizes, exchanged, monkeypatch):
+    m = mesh(**sizes)
+    model = make(m)
+    texts = {}
+    for name in ("_prefill", "_decode"):
+        jitted = getattr(generation, name)
+
+        def spy(*args, name=name, jitted=jitted, **kwargs):
+            compiled = jitted.lower(*args, **kwargs).compile()
+            texts[name] = compiled.as_text()
+            return compiled(*args[1:])  # the first is static
+
+        monkeypatch.setattr(generation, name, spy)
+    assert generate(model, PROMPTS, mesh=m, num_pages=100, **OPTIONS) == expected
+
+    slots = 8 // sizes.get("context", 1)
+    page = slots * 32
+    pool = 2 * 100 * page
+    assert f"f32[{pool // page},{slots},1,32]" in texts["_decode"]
+    for text in texts.values():
+        assert all(size < pool for sizes in collectives(text).values() for size in sizes)
+        assert f"= f32[{pool // page},{slots},1,32] copy" not in text
+    assert kinds(texts["_decode"]) == exchanged
+
+
+def test_sampling_does_not_depend_on_the_mesh():
+    """Nor do rows that fill the shards, of which there are more than prompts."""
+    m = mesh(data=8)
+    options = {"temperature": 1.0, "top_k": 20, "seed": 3, **OPTIONS}
+    assert generate(make(m), PROMPTS, mesh=m, **options) == generate(make(), PROMPTS, **options)
+
+
+def test_a_pool_too_small_on_one_device():
+    m = mesh(data=3)
+    with pytest.raises(PagePoolFullError, match=r"prompts \[2\] stopped after \[0\] new tokens"):
+        generate(make(m), PROMPTS, mesh=m, max_new_tokens=2, page_size=4, num_pages=2)
+
+
+def test_what_the_metadata_say():
+    model = make()
+    specs = nnx.get_partition_spec(nnx.state(model))
+    attention = specs["model"]["layers"][1]["self_attn"]
+    for name, spec in [
+        ("q_a_proj", P()),
+        ("q_b_proj", P(None, "tensor")),
+        ("kv_a_proj_with_mqa", P()),
+        ("kv_b_proj", P(None, "tensor")),
+        ("o_proj", P("tensor", None)),
+    ]:
+        assert attention[name]["kernel"].get_value() == spec, name
+    experts = specs["model"]["layers"][1]["mlp"]["experts"]
+    assert experts["gate_proj"].get_value() == P(None, None, "tensor")
+    assert experts["down_proj"].get_value() == P(None, "tensor", None)
+    assert specs["model"]["layers"][0]["mlp"]["down_proj"]["kernel"].get_value() == P(
+        "tensor", None
+    )
+    shard(model, mesh(data=2, tensor=4))
+    kernel = model.model.layers[0].self_attn.o_proj.kernel[...]
+    assert kernel.sharding.spec[0] == "tensor"
+    assert model.model.norm.scale[...].sharding.spec == P()
+
+
+def test_shard_refuses_what_does_not_divide():
+    message = r"model: got model.layers.0.mlp.down_proj.kernel of shape \[24, 16\], expected 24 to "
+    with pytest.raises(ValueError, match=message + "be a multiple of the 5 devices of axis 'tens"):
+        shard(make(), mesh(tensor=5))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kind", "options", "message"),
+    [
+        ({"tensor": 2}, AxisType.Auto, {}, "mesh: got Mesh.*, expected an axis 'data'"),
+        ({"data": 2}, AxisType.Explicit, {}, "mesh: got Mesh.* automatic axes only"),
+        ({"data": 1, "context": 8}, AxisType.Auto, {"page_size": 12}, "page_size: got 12, expec"),
+    ],
+    ids=str,
+)
+def test_generate_refuses(sizes, kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(make(), PROMPTS, mesh=mesh(kind, **sizes), **(OPTIONS | options))
