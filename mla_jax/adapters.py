@@ -62,7 +62,7 @@ def mla_ragged_paged_attention(
     for name in ("sliding_window", "soft_cap", "q_scale", "k_scale", "v_scale", "sparse_mask"):
         if options.get(name) is not None:
             raise NotImplementedError(f"{name}: got {options[name]!r}, expected None")
-    total, heads, c = ql_nope.shape
+    total, _, c = ql_nope.shape
     r, width = q_pe.shape[-1], _aligned(ql_nope.shape[-1]) + _aligned(q_pe.shape[-1])
     if cache_kv.ndim != 4 or cache_kv.shape[-1] != width:
         raise ValueError(

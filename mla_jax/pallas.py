@@ -95,6 +95,7 @@ def _device_reason() -> str | None:
         "softmax_scale",
         "causal",
         "batch_invariant",
+        "platform",
         "num_sms",
         "interpret",
     ),
@@ -111,6 +112,7 @@ def decode(
     softmax_scale: float,
     causal: bool,
     batch_invariant: bool,
+    platform: str | None = None,
     num_sms: int | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -130,6 +132,7 @@ def decode(
         softmax_scale: as there.
         causal: as there.
         batch_invariant: as there.
+        platform: that of the caller's branch, where it has branches by platform; always "cuda".
         num_sms: multiprocessors to schedule for; by default those of the default device.
         interpret: for tests: Pallas' parameters of interpretation.
 
@@ -138,6 +141,7 @@ def decode(
     """
     from mla_jax import pallas_combine, pallas_kernel
 
+    del platform
     b, s_q, h_q, d_k = q.shape
     num_pages, page_size, h_kv, _ = k_cache.shape
     group = h_q // h_kv

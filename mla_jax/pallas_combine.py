@@ -116,7 +116,7 @@ def _combine_body(
         return plgpu.layout_cast(lax.broadcast_in_dim(jnp.float32(x), (config.d_v,), ()), layout)
 
     def load(ref: Ref) -> jax.Array:
-        return plgpu.load(ref, layout=layout)
+        return plgpu.load(ref, layout=layout)  # type: ignore[call-arg]
 
     def add(pieces: list[tuple[jax.Array, jax.Array, jax.Array]], state: Any) -> Any:
         """Adds `(log sum, sum, sum of values)`, each relative to its log sum, to such a state."""

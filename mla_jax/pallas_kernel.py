@@ -150,7 +150,7 @@ def decode(
 
 
 def _row_vector(ref: Ref) -> jax.Array:
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))  # type: ignore[call-arg]
 
 
 def _columns(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -399,7 +399,7 @@ def _decode_body(
             for c in range(0, half, 64):
                 values = k_smem.at[slot, h, :, pl.ds(c, 64)]
                 row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, 64), 0, layout=plgpu.Layout.WGMMA)
-                old = plgpu.load(values, layout=plgpu.Layout.WGMMA)
+                old = plgpu.load(values, layout=plgpu.Layout.WGMMA)  # type: ignore[call-arg]
                 values[...] = jnp.where(row < valid, old, jnp.zeros_like(old))
 
     # ---- Output ----
