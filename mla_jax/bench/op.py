@@ -24,7 +24,7 @@ from mla_jax.decode import check_implementation, explain, flash_mla_with_kvcache
 # off by half as much; float32 leaves room for the shorter format in which GPUs multiply.
 BOUNDS = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 2e-3}
 # XLA compiles a loop for each call of `xla`, which is slow enough to be timed by few. They rotate
-# among fewer pools, so a small cache may stay near: an advantage of `xla`, never over it.
+# among fewer pools, so a small cache may stay near: that favours `xla`.
 _MAX_CALLS = {"xla": 4}
 
 Tick = Callable[[str], None]
