@@ -23,7 +23,8 @@ from mla_jax.decode import check_implementation, explain, flash_mla_with_kvcache
 # Error of a sequence, relative to its norm, above which a result counts as wrong. A right kernel is
 # off by half as much; float32 leaves room for the shorter format in which GPUs multiply.
 BOUNDS = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 2e-3}
-# XLA compiles a loop for each call of `xla`, and a GPU has long enough to run with few.
+# XLA compiles a loop for each call of `xla`, which is slow enough to be timed by few. They rotate
+# among fewer pools, so a small cache may stay near: that favours `xla`.
 _MAX_CALLS = {"xla": 4}
 
 Tick = Callable[[str], None]

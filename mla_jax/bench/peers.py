@@ -7,6 +7,7 @@ graph between two events. What a peer plans before its calls is not timed. JAX i
 measure: its paged attention wants keys and values of one width, its attention has no pages.
 """
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,17 @@ def unsupported_reason(name: str, dtype: str) -> str | None:
     if dtype not in ("bfloat16", "float16"):
         return f"got dtype {dtype}, it takes bfloat16 and float16"
     return None
+
+
+def peer_versions() -> dict[str, str]:
+    """Returns the versions of the peers that are installed, and of torch."""
+    found = {}
+    for package in ("torch", *(package for _, package in _PACKAGES.values())):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 class PeerVariant:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 import mla_jax
 from mla_jax.bench.op import Report, Result, Row
+from mla_jax.bench.peers import peer_versions
 
 
 def ratios(report: Report) -> dict[str, list[float | None]]:
@@ -59,7 +60,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "command": "op",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
-        "versions": {"mla-jax": mla_jax.__version__, "jax": jax.__version__},
+        "versions": {"mla-jax": mla_jax.__version__, "jax": jax.__version__} | peer_versions(),
         "dtype": report.dtype,
         "rounds": report.rounds,
         "ceilings": {
