@@ -95,7 +95,7 @@ __device__ __forceinline__ void find_factors(const Combination& c, bool write_ls
     }
     sum = quad_sum(sum);
     if (member == 0) {
-      c.scratch.inverse[row] = sum > 0.f ? 1.f / sum : 0.f;
+      c.scratch.inverse[row] = sum == 0.f ? 0.f : 1.f / sum;
       if (write_lse && row < c.rows) {
         c.args.lse[lse_offset(c.args, c.seq, c.kv_head, c.first_row + row)] = log_sum_exp(max, sum);
       }

@@ -330,7 +330,7 @@ struct Decode {
     for (int e = 0; e < 2; ++e) {
       const int row = place.first_row + rows.local + 8 * e;
       const bool real = row < place.end_row;
-      const float inverse = sum.v[e] > 0.f ? 1.f / sum.v[e] : 0.f;
+      const float inverse = sum.v[e] == 0.f ? 0.f : 1.f / sum.v[e];
       T* dst = static_cast<T*>(args.out) +
                (real ? out_offset(args, item.seq, place.kv_head, row) : 0) + half * kHalfColumns +
                8 * lane;

@@ -137,9 +137,9 @@ __device__ __forceinline__ int64_t lse_offset(const DecodeArgs& args, int seq, i
   return (first + head) * args.s_q + query;
 }
 
-// log(sum of exp) from the maximum in log2 units and the sum relative to it.
+// log(sum of exp) from the maximum in log2 units and the sum relative to it; a NaN stays one.
 __device__ __forceinline__ float log_sum_exp(float max, float sum) {
-  return sum > 0.f ? (max + __log2f(sum)) * 0.6931471805599453f : __builtin_huge_valf();
+  return sum == 0.f ? __builtin_huge_valf() : (max + __log2f(sum)) * 0.6931471805599453f;
 }
 
 // Barriers of bar.sync; 0 is __syncthreads.
