@@ -111,6 +111,24 @@ MUTANTS = {
         "gradient.py", "jnp.where(chunks.holds(token)[:, :, None, None], dk, 0)", "dk",
         "test_gradient.py",
     ),
+    "a part that saw nothing counts": Mutant(
+        "merge.py", "jnp.where(lse == jnp.inf, -jnp.inf, lse)", "lse", "test_merge.py"
+    ),
+    "slots of a page start at 0 on every device": Mutant(
+        "partitioning.py", "+ first_slot * slots", "", "test_sharding.py -k 'not generation'"
+    ),
+    "pages of zeros counted on every device": Mutant(
+        "partitioning.py", "jnp.where(outside, shard == 0,", "jnp.where(outside, True,",
+        "test_sharding.py -k context_parallel",
+    ),
+    "ragged tile padded on the right": Mutant(
+        "ragged.py", "(first + count - width)[:, None]", "first[:, None]", "test_ragged.py -k grid"
+    ),
+    "adapter writes one token on": Mutant(
+        "adapters.py", "at[page, position % page_size",
+        "at[page, (position + 1) % page_size",
+        "test_ragged.py -k adapters",
+    ),
     "library for a newer FFI registered": Mutant(
         "ffi.py", " or built[1] > runtime[1]", "", "test_ffi.py"
     ),

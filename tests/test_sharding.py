@@ -225,7 +225,6 @@ def expected():
 # shards are done; one each of attention output and feed-forward layer by `tensor`, two of attention
 # by `context`. The most likely token takes two gathers of one candidate a device.
 MESHES = [
-    ({"data": 1, "tensor": 8}, {"all-reduce": 1 + 2 * 2, "all-gather": 2}),
     ({"data": 2, "tensor": 4}, {"all-reduce": 1 + 2 * 2, "all-gather": 2}),
     ({"data": 1, "context": 4}, {"all-reduce": 1 + 2 * 2}),
     ({"data": 2, "tensor": 2, "context": 2}, {"all-reduce": 1 + 4 * 2, "all-gather": 2}),
