@@ -3,7 +3,8 @@
 """Settings of the test processes, and the op as each implementation gives it.
 
 Environment:
-    MLA_JAX_IMPLEMENTATIONS: implementations to test, comma-separated; by default all there are.
+    MLA_JAX_IMPLEMENTATIONS: implementations to test, comma-separated; by default all there are
+        (pallas, which needs one, where there is a GPU).
     MLA_JAX_REQUIRE: implementations of which no promised case may be skipped, comma-separated.
     MLA_JAX_FULL_GRID: 1 runs the whole FlashMLA grid instead of a part that suits a CPU.
 """
@@ -29,6 +30,7 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 import mla_jax  # noqa: E402
@@ -42,7 +44,9 @@ def _names(variable: str) -> list[str]:
 @pytest.hookimpl(trylast=True)  # the implementation varies fastest: one oracle result serves all
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "implementation" in metafunc.fixturenames:
-        names = _names("MLA_JAX_IMPLEMENTATIONS") or list(decode._IMPLEMENTATIONS)
+        on_gpu = jax.default_backend() == "gpu"
+        there = [name for name in decode._IMPLEMENTATIONS if on_gpu or name != "pallas"]
+        names = _names("MLA_JAX_IMPLEMENTATIONS") or there
         metafunc.parametrize("implementation", names)
 
 
