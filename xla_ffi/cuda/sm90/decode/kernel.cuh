@@ -241,17 +241,17 @@ struct Decode {
     }
   }
 
-  // Finishes all products and gives the buffer back.
-  __device__ __forceinline__ static void finish(float (&output)[128], uint64_t* empty) {
+  // Waits for all products of this warpgroup: their accumulators may be read.
+  template <int kCount>
+  __device__ __forceinline__ static void finish(float (&accumulators)[kCount]) {
     wgmma::wait<0>();
-    wgmma::pin(output);
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+    wgmma::pin(accumulators);
   }
 
-  // The even scores come first: they are waited for, the odd ones have time.
-  __device__ __forceinline__ static void finish_scores(float (&scores)[32]) {
-    wgmma::wait<0>();
-    wgmma::pin(scores);
+  // The same, then gives half of a buffer back.
+  __device__ __forceinline__ static void finish(float (&output)[128], uint64_t* empty) {
+    finish(output);
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
   }
 
   // Accumulates the even warpgroup's half of the output over the blocks of an item.
@@ -265,7 +265,7 @@ struct Decode {
     int block = item.begin;
     for (; block + 1 < item.end; block += 2) {
       start_scores<0>(shared, uses++ & 1, item, block, scores);
-      finish_scores(scores);
+      finish(scores);
       weigh<0>(args, shared, item, rows, block, scores, max, sum, factor, weights);
       rescale(output, factor);
       start_output<0, 0>(shared, weights, output);
@@ -279,7 +279,7 @@ struct Decode {
     }
     if (block < item.end) {
       start_scores<0>(shared, uses++ & 1, item, block, scores);
-      finish_scores(scores);
+      finish(scores);
       weigh<0>(args, shared, item, rows, block, scores, max, sum, factor, weights);
       clear_past_end<0, 0>(shared, block, item.tokens);
       rescale(output, factor);
@@ -299,7 +299,7 @@ struct Decode {
     int block = item.begin;
     for (; block + 1 < item.end; block += 2) {
       start_scores<1>(shared, uses++ & 1, item, block + 1, scores);
-      finish_scores(scores);
+      finish(scores);
       follow<0>(shared, rows, max, sum, factor);
       rescale(output, factor);
       start_output<0, 1>(shared, output);

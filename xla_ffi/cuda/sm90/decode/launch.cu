@@ -32,10 +32,8 @@ cudaError_t encode_tiled(EncodeTiled* encode) {
 
 // Describes [n3, n1, n2, n0] of 16-bit elements; a box is `box1` rows of dimension 1 by `pieces` of
 // 64 elements of dimension 0, each piece a swizzled block of its own in shared memory.
-cudaError_t make_map(CUtensorMap* map, const void* base, MlaDtype dtype, uint64_t n0, uint64_t n1,
-                     uint64_t n2, uint64_t n3, int box1, int pieces) {
-  EncodeTiled encode;
-  if (cudaError_t error = encode_tiled(&encode); error != cudaSuccess) return error;
+cudaError_t make_map(EncodeTiled encode, CUtensorMap* map, const void* base, MlaDtype dtype,
+                     uint64_t n0, uint64_t n1, uint64_t n2, uint64_t n3, int box1, int pieces) {
   const cuuint64_t sizes[5] = {64, n1, n0 / 64, n2, n3};
   const cuuint64_t strides[4] = {n2 * n0 * 2, 128, n0 * 2, n1 * n2 * n0 * 2};
   const cuuint32_t box[5] = {64, static_cast<cuuint32_t>(box1), static_cast<cuuint32_t>(pieces), 1,
@@ -54,15 +52,18 @@ cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
                    cudaStream_t stream) {
   QueryMaps query_maps;
   CacheMaps cache_maps;
-  cudaError_t error;
+  EncodeTiled encode;
+  cudaError_t error = encode_tiled(&encode);
+  if (error != cudaSuccess) return error;
   for (int i = 0; i < kTileHeights; ++i) {
-    error = make_map(&query_maps.maps[i], p.q, p.dtype, p.d_k, args.rows, p.h_kv, p.b,
+    error = make_map(encode, &query_maps.maps[i], p.q, p.dtype, p.d_k, args.rows, p.h_kv, p.b,
                      query_box_rows(args.rows, i), 1);
     if (error != cudaSuccess) return error;
   }
   for (int pieces : {1, 2}) {
-    error = make_map(pieces == 1 ? &cache_maps.one : &cache_maps.two, p.k_cache, p.dtype, p.d_k,
-                     p.page_size, p.h_kv, p.num_pages, std::min(p.page_size, kBlockTokens), pieces);
+    error =
+        make_map(encode, pieces == 1 ? &cache_maps.one : &cache_maps.two, p.k_cache, p.dtype, p.d_k,
+                 p.page_size, p.h_kv, p.num_pages, std::min(p.page_size, kBlockTokens), pieces);
     if (error != cudaSuccess) return error;
   }
 

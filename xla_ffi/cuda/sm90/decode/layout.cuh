@@ -18,9 +18,8 @@ namespace mla {
 inline constexpr int kTileRows = 64;       // packed query rows of one CTA
 inline constexpr int kValueColumns = 512;  // d_v; a warpgroup accumulates half of them
 inline constexpr int kHalfColumns = 256;
-inline constexpr int kValuePieces = 8;  // pieces of 64 columns that are K and V both
-inline constexpr int kMaxPieces = 9;    // the ninth is RoPE's: K only
-inline constexpr int kBoxes = 5;        // copies that bring a block: four of two pieces, RoPE's
+inline constexpr int kMaxPieces = 9;  // of 64 columns; the ninth is RoPE's: K only
+inline constexpr int kBoxes = 5;      // copies that bring a block: four of two pieces, RoPE's
 inline constexpr int kConsumerThreads = 256;
 inline constexpr int kThreads = 384;
 

@@ -4,8 +4,8 @@
 // The split-KV schedule: which blocks of which sequences a CTA works on.
 //
 // All blocks of all sequences are laid out on one line, and the line is cut into equal parts, one
-// for each CTA of a tile, so that all multiprocessors end together. Every CTA finds its own from the
-// lengths alone, by one warp, in the kernel's prologue: no table, no second kernel.
+// for each CTA of a tile, so that all multiprocessors end together. Every CTA finds its own from
+// the lengths alone, by one warp, in the kernel's prologue: no table, no second kernel.
 //
 // Two layouts of the line:
 //   aligned: each sequence is padded to a multiple of the part, so that no part spans two sequences
