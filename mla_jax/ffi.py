@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mla_jax.hopper import local_gpus, unsuitable
+
 _TARGET = "mla_jax_decode"
 PLATFORMS = ("cpu", "cuda")
 _COMPILER = {"cpu": "C++", "cuda": "CUDA"}
@@ -157,18 +159,11 @@ def _kernel_reason(
 
 
 def _device_reason() -> str | None:
-    """Names a GPU of this process that the CUDA kernel cannot run on."""
-    try:
-        devices = jax.local_devices(backend="cuda")
-    except RuntimeError:  # none here: lowered for another machine, where the handler will look
-        return None
-    for device in devices:
-        if device.compute_capability != "9.0":
-            return (
-                f"{device.device_kind} has compute capability {device.compute_capability}, "
-                "the CUDA kernel is for 9.0 (Hopper: H100, H200, GH200)"
-            )
-    return None
+    """Names a GPU of this process that the CUDA kernel cannot run on.
+
+    Where there is none, the program is for another machine, and the handler will look there.
+    """
+    return unsuitable(local_gpus(), "the CUDA kernel is")
 
 
 @functools.partial(

@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mla_jax.hopper import local_gpus, unsuitable
 from mla_jax.pallas_config import Config
 from mla_jax.schedule import BLOCK, num_parts
+from mla_jax.xla import from_rows, lse_from_rows, to_rows
 
 # What starting a sequence (loading q, writing the result) costs, in blocks.
 _OVERHEAD = 3
@@ -75,17 +77,10 @@ def _device_reason() -> str | None:
     Without one, a program for another machine takes another implementation: tracing these kernels,
     which are traced for all platforms, would slow down every program of a CPU.
     """
-    try:
-        devices = jax.local_devices(backend="cuda")
-    except RuntimeError:
+    devices = local_gpus()
+    if not devices:
         return "this process has no NVIDIA GPU"
-    for device in devices:
-        if device.compute_capability != "9.0":
-            return (
-                f"{device.device_kind} has compute capability {device.compute_capability}, "
-                "the kernels are for 9.0 (Hopper: H100, H200, GH200)"
-            )
-    return None
+    return unsuitable(devices, "the kernels are")
 
 
 @functools.partial(
@@ -167,16 +162,15 @@ def decode(
     else:
         schedule = tile_scheduler_metadata, num_splits
 
-    # All queries that read the same keys are rows of one matrix: head g of group h is row (j, g).
-    rows = q.reshape(b, s_q, h_kv, group, d_k).transpose(0, 2, 1, 3, 4)
-    rows = rows.reshape(b * h_kv, s_q * group, d_k)
-    rows = jnp.pad(rows, ((0, 0), (0, config.rows - s_q * group), (0, 0)))
+    num_rows = s_q * group
+    rows = to_rows(q, h_kv).reshape(b * h_kv, num_rows, d_k)
+    rows = jnp.pad(rows, ((0, 0), (0, config.rows - num_rows), (0, 0)))
     pages = k_cache.reshape(num_pages, page_size, h_kv * d_k)
     results = pallas_kernel.decode(rows, pages, block_table, cache_seqlens, *schedule, config)
     out, lse = pallas_combine.combine(*results, *schedule, config)
-    out = out[:, : s_q * group].reshape(b, h_kv, s_q, group, head_dim_v).transpose(0, 2, 1, 3, 4)
-    lse = lse[:, : s_q * group].reshape(b, h_kv, s_q, group).transpose(0, 1, 3, 2)
-    return out.reshape(b, s_q, h_q, head_dim_v), lse.reshape(b, h_q, s_q)
+    out = out[:, :num_rows].reshape(b, h_kv, num_rows, head_dim_v)
+    lse = lse[:, :num_rows].reshape(b, h_kv, num_rows)
+    return from_rows(out, s_q), lse_from_rows(lse, s_q)
 
 
 def balanced_schedule(seqlens: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:

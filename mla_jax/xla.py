@@ -48,7 +48,7 @@ def decode(
     Returns:
         out `[b, s_q, h_q, head_dim_v]` in q's dtype and lse `[b, h_q, s_q]` float32.
     """
-    b, s_q, h_q, _ = q.shape
+    _, s_q, h_q, _ = q.shape
     h_kv = k_cache.shape[2]
     group = h_q // h_kv
     rows = to_rows(q, h_kv)
@@ -77,8 +77,7 @@ def decode(
     else:
         out, lse = attend(rows, block_table, visible)
 
-    lse = lse.reshape(b, h_kv, s_q, group).transpose(0, 1, 3, 2)
-    return from_rows(out, s_q).astype(q.dtype), lse.reshape(b, h_q, s_q)
+    return from_rows(out, s_q).astype(q.dtype), lse_from_rows(lse, s_q)
 
 
 def to_rows(q: jax.Array, h_kv: int) -> jax.Array:
@@ -98,6 +97,13 @@ def from_rows(rows: jax.Array, s_q: int) -> jax.Array:
     group = r // s_q
     rows = rows.reshape(b, h_kv, s_q, group, d).transpose(0, 2, 1, 3, 4)
     return rows.reshape(b, s_q, h_kv * group, d)
+
+
+def lse_from_rows(lse: jax.Array, s_q: int) -> jax.Array:
+    """Brings `[b, h_kv, s_q * group]` into the order of the op's lse, `[b, h_q, s_q]`."""
+    b, h_kv, r = lse.shape
+    group = r // s_q
+    return lse.reshape(b, h_kv, s_q, group).swapaxes(2, 3).reshape(b, h_kv * group, s_q)
 
 
 def capacity(k_cache: jax.Array, block_table: jax.Array) -> int:
