@@ -28,7 +28,7 @@ typedef struct MlaDecodeParams {
   void* out;                     // [b, s_q, h_q, d_v]
   float* lse;                    // [b, h_q, s_q], natural log; +inf where nothing is attended to
   void* workspace;               // mla_sm90_decode_workspace_bytes() bytes, 16-byte aligned
-  uint32_t* counters;            // [MLA_SM90_MAX_CTAS], all zero; all zero again after the call
+  uint32_t* counters;            // [MLA_SM90_MAX_CTAS], anything
 
   int32_t b, s_q, h_q, h_kv;
   int32_t d_k;  // 576 or 512

@@ -19,7 +19,7 @@ namespace {
 
 // The most multiprocessors that a device of compute capability 9.0 has.
 constexpr int kMaxMultiprocessors = 144;
-// The counters lie first in the workspace; what follows stays aligned.
+// The counters, which the kernel clears, lie first in the workspace; what follows stays aligned.
 constexpr size_t kCountersBytes = (sizeof(uint32_t) * MLA_SM90_MAX_CTAS + 127) / 128 * 128;
 
 size_t WorkspaceBytes() {
@@ -88,9 +88,6 @@ ffi::Error DecodeCuda(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_ca
                    "compute capability " + std::to_string(major) + "." + std::to_string(minor),
                    "9.0 (Hopper)");
   }
-  // The workspace held another call's data meanwhile.
-  error = cudaMemsetAsync(params.counters, 0, kCountersBytes, stream);
-  if (error != cudaSuccess) return Failed("clearing the counters", error);
   error = static_cast<cudaError_t>(mla_sm90_decode(&params, stream));
   if (error != cudaSuccess) return Failed("launching the kernel", error);
   return ffi::Error::Success();

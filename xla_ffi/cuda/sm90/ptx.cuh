@@ -128,6 +128,15 @@ __device__ __forceinline__ uint32_t acquire_load(const uint32_t* p) {
   return v;
 }
 
+__device__ __forceinline__ uint32_t release_add(uint32_t* p, uint32_t n) {
+  uint32_t before;
+  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(p), "r"(n)
+               : "memory");
+  return before;
+}
+
 // ---- Arithmetic and fragments ----
 
 __device__ __forceinline__ float exp2_approx(float x) {

@@ -5,10 +5,12 @@
 //
 // All CTAs that hold a piece of the sequence as the last thing they do wait until every piece is
 // written, then each combines a share of the output. The counter of the sequence counts arrivals
-// and departures and wraps to zero by itself, ready for the next call. Waiting needs all CTAs to be
-// resident: the kernel is launched cooperatively when it splits.
+// and departures. Waiting needs all CTAs to be resident: the kernel is launched cooperatively when
+// it splits.
 
 #pragma once
+
+#include <cooperative_groups.h>
 
 #include "layout.cuh"
 #include "softmax.cuh"
@@ -46,10 +48,26 @@ __device__ __forceinline__ void count(uint32_t* counter, const Split& split) {
   ptx::increment_wrap(counter, split.pieces + split.helpers - 1);
 }
 
+// The counters hold garbage when the kernel starts. One idle thread of each CTA clears the CTA's own
+// and tells the CTA when all are clear, long before the first is wanted. It meets the others at the
+// barrier that a cooperative launch brings: memory prepared by CUDA, which grid.sync() of
+// cooperative_groups would use with all threads of a CTA. The high bit flips when all have arrived.
+__device__ __forceinline__ void clear_counters(const DecodeArgs& args, uint64_t* all_clear) {
+  uint32_t* barrier = &cooperative_groups::details::get_grid_workspace()->barrier;
+  args.counters[blockIdx.x] = 0;
+  const uint32_t before =
+      ptx::release_add(barrier, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);
+  while (((ptx::acquire_load(barrier) ^ before) & 0x80000000u) == 0) {
+  }
+  ptx::mbarrier_arrive(all_clear);
+}
+
 // Tells the others that this CTA's piece is written; called by all consumers.
-__device__ __forceinline__ void announce_partial(uint32_t* counter, const Split& split) {
+__device__ __forceinline__ void announce_partial(uint32_t* counter, const Split& split,
+                                                 uint64_t* all_clear) {
   ptx::named_barrier_sync(kConsumers, kConsumerThreads);
   if (threadIdx.x == 0) {
+    ptx::mbarrier_wait(all_clear, 0);
     ptx::fence_gpu();
     count(counter, split);
   }

@@ -406,7 +406,8 @@ struct Decode {
       split.helpers = split.pieces - !part.one_sequence;
       store_partial(args, partial_slot(blockIdx.x, item.begin == 0), half,
                     place.end_row - place.first_row, output, max, sum);
-      announce_partial(args.counters + place.peer(split.first_part), split);
+      announce_partial(args.counters + place.peer(split.first_part), split,
+                       &shared.counters_clear);
     });
     // Whoever goes on to another sequence holds nobody up: only the last item is waited for.
     if (place.part < split.first_part + split.helpers) {
@@ -437,6 +438,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else if (threadIdx.x == 0) {
     ptx::mbarrier_init(&shared.query_full, 1);
     ptx::mbarrier_init(&shared.query_empty, 8);
+    ptx::mbarrier_init(&shared.counters_clear, 1);
     for (int buffer = 0; buffer < 2; ++buffer) {
       for (uint64_t& full : shared.cache_full[buffer]) ptx::mbarrier_init(&full, 1);
       for (uint64_t& empty : shared.cache_empty[buffer]) ptx::mbarrier_init(&empty, 4);
@@ -458,6 +460,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       Kernel::produce_cache(args, cache_maps, shared, place);
     } else if (threadIdx.x == 288) {
       Kernel::produce_queries(args, query_maps, shared, place);
+    } else if (threadIdx.x == 320 && args.grids[0].parts > 1) {
+      clear_counters(args, &shared.counters_clear);
     }
     __syncwarp();
   } else {

@@ -30,7 +30,7 @@ struct DecodeArgs {
   float* lse;
   float4* partial_out;  // [slots][2 halves][32][128 threads]: fragments as the registers hold them
   float2* partial_stats;  // [slots][kTileRows]: (max in log2 units, sum)
-  uint32_t* counters;     // [CTAs]
+  uint32_t* counters;     // [CTAs], garbage until counters_clear
   int b, s_q, h_q, h_kv;
   int heads_per_kv;           // G = h_q / h_kv
   int rows;                   // s_q * G
@@ -53,6 +53,7 @@ struct Shared {
   uint64_t cache_empty[2][2];  // [buffer][half of the value columns]
   float max[2][kTileRows];     // the running maxima after the last block of [buffer]
   float sum[2][2][kTileRows];  // [item parity][warpgroup]
+  uint64_t counters_clear;  // completes when the counters of the whole grid are zero
   Part part;
 };
 inline constexpr int kWeightsPiece = 8;
