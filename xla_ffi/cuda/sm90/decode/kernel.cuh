@@ -64,6 +64,9 @@ struct Decode {
     const int copies = kBlockTokens >> shift;             // that make up a block
     const uint64_t policy = ptx::l2_evict_first_policy();
     uint32_t parities = 3;  // a bit for each buffer
+    // The half that is given back first is copied first. With many tiles to a block, arithmetic
+    // binds, and scores that start early only take tensor cores from what gives the rest back.
+    const bool early = place.groups <= 2;
 
     for_each_item(args, shared.part, [&](const Item& item) {
       const int32_t* table = args.block_table + int64_t{item.seq} * args.max_pages_per_seq;
@@ -87,10 +90,10 @@ struct Decode {
         for (int i = 0; i < kBoxes; ++i) {
           const int box = box_in_order(buffer, i), first = 2 * box;
           if (first >= kPieces) break;
-          // The half that is given back first is copied first; the weights, in the RoPE piece, are
-          // last read for the other one.
+          // The weights, in the RoPE piece, are last read for the other half.
           const int half = i < 2 ? buffer : 1 - buffer;
-          if (i % 2 == 0 && i < 4) ptx::mbarrier_wait(&shared.cache_empty[buffer][half], parity);
+          if (i == 0 || i == 2) ptx::mbarrier_wait(&shared.cache_empty[buffer][half], parity);
+          if (i == 0 && !early) ptx::mbarrier_wait(&shared.cache_empty[buffer][1 - half], parity);
           uint64_t* full = &shared.cache_full[buffer][box];
           const int end = min(first + 2, kPieces);
           ptx::mbarrier_arrive_expect_tx(full, (end - first) * wgmma::kPieceBytes);
@@ -411,7 +414,7 @@ struct Decode {
     });
     // Whoever goes on to another sequence holds nobody up: only the last item is waited for.
     if (place.part < split.first_part + split.helpers) {
-      combine<T>(args, place, part.end_seq, split, shared.cache);
+      combine<T>(args, place, part.end_seq, split, shared.query);
     }
   }
 };

@@ -1,0 +1,126 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Small calls of every template of the Hopper kernel, for compute-sanitizer; needs nvcc and a GPU.
+
+    for tool in memcheck racecheck initcheck synccheck; do
+        compute-sanitizer --tool $tool --error-exitcode 1 python tests/sanitizer.py LIBRARY
+    done
+
+LIBRARY is the kernel alone, without XLA:
+
+    nvcc -O3 -std=c++17 -arch=sm_90a -shared -Xcompiler -fPIC -o LIBRARY \\
+        xla_ffi/cuda/sm90/decode/launch.cu
+
+racecheck does not know that `bar.arrive` orders what comes before it, and reports every maximum
+that one warpgroup hands to another. For it, build with `-DMLA_SYNC_FOR_ARRIVE`, which waits where
+the kernel goes on: slower, and the same otherwise.
+"""
+
+import ctypes
+import os
+import sys
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from reference import Problem, assert_close, attend, problem  # noqa: E402
+
+_POINTERS = "q k_cache block_table cache_seqlens out lse workspace counters".split()
+_SIZES = "b s_q h_q h_kv d_k d_v num_pages page_size max_pages_per_seq".split()
+
+
+class Params(ctypes.Structure):
+    """MlaDecodeParams of xla_ffi/mla.h."""
+
+    _fields_ = [  # noqa: RUF012
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int32) for name in _SIZES),
+        ("softmax_scale", ctypes.c_float),
+        ("causal", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class Device:
+    """Memory of the first GPU, by the driver; what is copied to it counts as initialised."""
+
+    def __init__(self) -> None:
+        self.driver = ctypes.CDLL("libcuda.so.1")
+        context = ctypes.c_void_p()
+        self.call("cuInit", 0)
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
+        self.call("cuCtxSetCurrent", context)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        error = getattr(self.driver, name)(*arguments)
+        if error:
+            sys.exit(f"{name}: CUDA error {error}")
+
+    def allocate(self, num_bytes: int) -> ctypes.c_void_p:
+        pointer = ctypes.c_void_p()
+        self.call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(num_bytes))
+        return pointer
+
+    def put(self, array: np.ndarray) -> ctypes.c_void_p:
+        array = np.ascontiguousarray(array)
+        pointer = self.allocate(array.nbytes)
+        source = ctypes.c_void_p(array.ctypes.data)
+        self.call("cuMemcpyHtoD_v2", pointer, source, ctypes.c_size_t(array.nbytes))
+        return pointer
+
+    def get(self, pointer: ctypes.c_void_p, like: np.ndarray) -> np.ndarray:
+        target = ctypes.c_void_p(like.ctypes.data)
+        self.call("cuMemcpyDtoH_v2", target, pointer, ctypes.c_size_t(like.nbytes))
+        return like
+
+
+def run(device: Device, library: ctypes.CDLL, p: Problem, causal: bool) -> tuple[Any, Any]:
+    """Calls the kernel with every buffer an allocation of its own."""
+    b, s_q, h_q, d_k = p.q.shape
+    num_pages, page_size, h_kv, _ = p.k_cache.shape
+    q = p.q
+    if h_kv > 1:  # as the kernel wants it: rows that read the same keys at one stride
+        q = q.reshape(b, s_q, h_kv, h_q // h_kv, d_k).swapaxes(2, 3)
+    out, lse = np.empty((b, s_q, h_q, 512), p.q.dtype), np.empty((b, h_q, s_q), np.float32)
+    workspace = library.mla_sm90_decode_workspace_bytes(132)
+    arrays = [device.put(x) for x in (q, p.k_cache, p.block_table, p.cache_seqlens)]
+    results = [device.allocate(n) for n in (out.nbytes, lse.nbytes, workspace, 4 * 264)]
+    sizes = (b, s_q, h_q, h_kv, d_k, 512, num_pages, page_size, p.block_table.shape[1])
+    dtype = 1 if p.q.dtype == np.float16 else 0
+    params = Params(*arrays, *results, *sizes, d_k**-0.5, causal, dtype)
+    if error := library.mla_sm90_decode(ctypes.byref(params), None):
+        sys.exit(f"launch: CUDA error {error}")
+    got = device.get(results[0], out), device.get(results[1], lse)
+    for pointer in (*arrays, *results):
+        device.call("cuMemFree_v2", pointer)
+    return got
+
+
+def main() -> None:
+    """Holds each case to the oracle, so that what is checked is also right."""
+    library = ctypes.CDLL(sys.argv[1])
+    library.mla_sm90_decode_workspace_bytes.restype = ctypes.c_size_t
+    device = Device()
+    cases: list[tuple[list[int], dict[str, Any]]] = []
+    for dtype in (jnp.bfloat16, jnp.float16):
+        for d_k in (576, 512):
+            cases.append(([200, 0, 700], {"h_q": 16, "d_k": d_k, "dtype": dtype}))
+            cases.append(([130, 900], {"h_q": 128, "s_q": 2, "d_k": d_k, "dtype": dtype}))
+    cases += [([3, 300], {"h_q": 40, "page_size": page}) for page in (16, 32, 128)]
+    cases += [([64, 200], {"h_q": 16, "h_kv": 2, "s_q": 2}), ([64] * 140, {"h_q": 16})]
+    cases += [([9000], {"h_q": 16}), ([2000] * 5, {"h_q": 128})]
+    for lengths, options in cases:
+        p = problem(lengths, **options, poison=0)
+        causal = "s_q" in options
+        assert_close(run(device, library, p, causal), attend(p, causal=causal))
+    garbage = np.random.default_rng(0).integers(-(2**31), 2**31, (7, 34)).astype(np.int32)
+    p = problem([300] * 7, h_q=16, width=33)
+    p = Problem(p.q, p.k_cache, garbage[:, :33].copy(), garbage[:, 33].copy())
+    run(device, library, p, False)
+    print(len(cases), "cases agree with the oracle")
+
+
+if __name__ == "__main__":
+    main()
