@@ -13,52 +13,10 @@
 #include <cooperative_groups.h>
 
 #include "layout.cuh"
+#include "partial.cuh"
 #include "softmax.cuh"
 
 namespace mla {
-
-// Writes the unnormalised accumulators of one warpgroup as fp16, coalesced: the layout is private.
-// Each row is scaled by a power of two that brings its largest element near the top of fp16's
-// range. The scale needs no place of its own: it moves from the values to the maximum and the sum.
-__device__ __forceinline__ void store_partial(const DecodeArgs& args, int slot, int half, int rows,
-                                              const float (&output)[128], const RowPair& max,
-                                              const RowPair& sum) {
-  const int thread = threadIdx.x % 128, row = 16 * (thread / 32) + thread % 32 / 4;
-  if (16 * (thread / 32) >= rows) return;
-  float inverse[2];
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    float tops[4] = {};  // not one long chain
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-#pragma unroll
-      for (int j = 2 * e; j < 2 * e + 2; ++j) {
-        float& top = tops[2 * (i % 2) + j % 2];
-        top = fmaxf(top, fabsf(output[4 * i + j]));
-      }
-    }
-    const float top = quad_max(fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3])));
-    // top < 2^(exponent + 15). The bound keeps a piece of zeros comparable with others.
-    const int exponent = ::max((__float_as_int(top) >> 23) - 141, -75);
-    inverse[e] = __int_as_float((127 - exponent) << 23);
-    if (thread % 4 == 0) {
-      __stcg(args.partial_stats + (slot * kTileRows + row + 8 * e) * 2 + half,
-             make_float2(max.v[e] + exponent, sum.v[e] * inverse[e]));
-    }
-  }
-  uint4* dst = args.partial_out + (int64_t{slot} * 2 + half) * kFragments * 128 + thread;
-#pragma unroll
-  for (int i = 0; i < kFragments; ++i) {
-    uint32_t v[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float scale = inverse[k % 2];
-      v[k] = wgmma::Mma<__half>::pack(output[8 * i + 2 * k] * scale,
-                                      output[8 * i + 2 * k + 1] * scale);
-    }
-    __stcg(dst + i * 128, make_uint4(v[0], v[1], v[2], v[3]));
-  }
-}
 
 // A split sequence as those who combine it see it.
 struct Split {
@@ -101,8 +59,7 @@ __device__ __forceinline__ void announce_partial(uint32_t* counter, const Split&
 struct CombineScratch {
   float inverse[2][kTileRows];  // [half]: 1 / sum of all pieces' weights
   float sums[8][8][32];         // [warp][element][lane]
-  // [pieces]: (max, sum) of both halves, then (factor, -) of both.
-  float4 stats[][kTileRows];
+  float4 stats[];  // [rows][pieces | 1]: (max, sum) of both halves, then (factor, -) of both
 };
 
 // What combining threads need to find and place things.
@@ -117,20 +74,23 @@ struct Combination {
   __device__ __forceinline__ int slot_of(int s) const {
     return first_slot + s * slot_stride + (s == 0);
   }
+  // An odd stride: neither rows nor pieces share banks.
+  __device__ __forceinline__ float4& stats(int row, int s) const {
+    return scratch.stats[row * (split.pieces | 1) + s];
+  }
 };
 
-// Turns the pieces' statistics into factors for their values. All threads share the rows: 16, 8 or 4
-// for each.
+// Turns the pieces' statistics into factors for their values. All threads share the rows: 16, 8 or
+// 4 for each.
 __device__ __forceinline__ void find_factors(const Combination& c, bool write_lse) {
   const int team = c.row_groups == 1 ? 16 : c.row_groups == 2 ? 8 : 4;
   const int row = threadIdx.x / team, member = threadIdx.x % team;
   if (row < 16 * c.row_groups) {  // whole warps
-    const auto* all = reinterpret_cast<const float4*>(c.args.partial_stats) + row;
     float2 max = {kNegativeInfinity, kNegativeInfinity}, sum = {0.f, 0.f};
 #pragma unroll 4
     for (int s = member; s < c.split.pieces; s += team) {
-      const float4 v = __ldcg(all + c.slot_of(s) * kTileRows);
-      c.scratch.stats[s][row] = v;
+      const float4 v = __ldcg(partial_stats(c.args, c.slot_of(s), row));
+      c.stats(row, s) = v;
       max.x = fmaxf(max.x, v.x);
       max.y = fmaxf(max.y, v.z);
     }
@@ -139,7 +99,7 @@ __device__ __forceinline__ void find_factors(const Combination& c, bool write_ls
       max.y = fmaxf(max.y, __shfl_xor_sync(0xFFFFFFFFu, max.y, d));
     }
     for (int s = member; s < c.split.pieces; s += team) {
-      float4& v = c.scratch.stats[s][row];
+      float4& v = c.stats(row, s);
       v.x = rescale_factor(v.x, max.x);
       v.z = rescale_factor(v.z, max.y);
       sum.x += v.x * v.y;
@@ -161,31 +121,32 @@ __device__ __forceinline__ void find_factors(const Combination& c, bool write_ls
   ptx::named_barrier_sync(kConsumers, kConsumerThreads);
 }
 
-// A unit is one fragment of one warp of the partial outputs: 16 rows x 16 columns, 16 bytes a
-// lane. A warp sums kUnits units at a time, kPieces pieces of each, so that 16 loads are under way;
-// with more than 16 pieces, all warps share one unit. The factors are found while the first loads
-// are.
-template <typename T, int kUnits, int kPieces>
+// A unit is one chunk of one warp of the partial outputs: 16 rows, and columns in pairs. A warp
+// sums kUnits units at a time, kPieces pieces of each, so that 16 loads are under way; with more
+// than 16 pieces, all warps share one unit. The factors are found while the first loads are.
+template <typename T, typename Partial, int kUnits, int kPieces>
 __device__ __forceinline__ void combine_units(const Combination& c, int share) {
+  using Format = PartialFormat<Partial>;
+  constexpr int kPairs = Format::kPairs;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool together = c.split.pieces > 16;
-  const int units = 2 * kFragments * c.row_groups;
+  const int units = 2 * kChunks<Partial> * c.row_groups;
   const int member = together ? warp : 0, team = together ? 8 : 1;
   const int stride = c.split.helpers * (8 / team);  // to this warp's next unit
   bool factors_known = false;
 
   for (int base = share; base < units; base += stride * kUnits) {
     const int first_unit = base + (together ? 0 : warp * c.split.helpers);
-    float sum[kUnits][8];
-    int fragment[kUnits], row[kUnits];
+    float2 sum[kUnits][kPairs];
+    int chunk[kUnits], row[kUnits];
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       const int unit = first_unit + u * stride;
-      fragment[u] = unit / c.row_groups;
-      const int row_group = unit - fragment[u] * c.row_groups;
+      chunk[u] = unit / c.row_groups;
+      const int row_group = unit - chunk[u] * c.row_groups;
       row[u] = unit < units ? 16 * row_group + lane / 4 : kTileRows;
 #pragma unroll
-      for (float& x : sum[u]) x = 0.f;
+      for (float2& x : sum[u]) x = {0.f, 0.f};
     }
     for (int first = member; first < c.split.pieces; first += team * kPieces) {
       uint4 v[kUnits][kPieces];
@@ -195,8 +156,8 @@ __device__ __forceinline__ void combine_units(const Combination& c, int share) {
         for (int i = 0; i < kPieces; ++i) {
           const int s = first + i * team;
           if (s < c.split.pieces && row[u] < kTileRows) {
-            v[u][i] = __ldcg(c.args.partial_out + c.slot_of(s) * (2 * kFragments * 128) +
-                             fragment[u] * 128 + row[u] / 16 * 32 + lane);
+            v[u][i] = __ldcg(partial_chunks<Partial>(c.args, c.slot_of(s)) + chunk[u] * 128 +
+                             row[u] / 16 * 32 + lane);
           }
         }
       }
@@ -204,19 +165,19 @@ __device__ __forceinline__ void combine_units(const Combination& c, int share) {
       factors_known = true;
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
-        const bool right = fragment[u] >= kFragments;
+        const int half = chunk[u] >= kChunks<Partial>;
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
           const int s = first + i * team;
           if (s < c.split.pieces && row[u] < kTileRows) {
-            const float* stats = &c.scratch.stats[s][row[u]].x + 2 * right;
-            const float factor[2] = {stats[0], stats[8 * 4]};
+            const float factor[2] = {(&c.stats(row[u], s).x)[2 * half],
+                                     (&c.stats(row[u] + 8, s).x)[2 * half]};
             const uint32_t packed[4] = {v[u][i].x, v[u][i].y, v[u][i].z, v[u][i].w};
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-              const float2 x = __half22float2(reinterpret_cast<const __half2&>(packed[k]));
-              sum[u][2 * k] += x.x * factor[k % 2];
-              sum[u][2 * k + 1] += x.y * factor[k % 2];
+            for (int k = 0; k < kPairs; ++k) {
+              const float2 x = Format::unpack(packed, k);
+              sum[u][k].x += x.x * factor[k % 2];
+              sum[u][k].y += x.y * factor[k % 2];
             }
           }
         }
@@ -224,13 +185,19 @@ __device__ __forceinline__ void combine_units(const Combination& c, int share) {
     }
     if (together) {
 #pragma unroll
-      for (int k = 0; k < 8; ++k) c.scratch.sums[warp][k][lane] = sum[0][k];
+      for (int k = 0; k < kPairs; ++k) {
+        c.scratch.sums[warp][2 * k][lane] = sum[0][k].x;
+        c.scratch.sums[warp][2 * k + 1][lane] = sum[0][k].y;
+      }
       ptx::named_barrier_sync(kConsumers, kConsumerThreads);
       if (member == 0) {
 #pragma unroll
         for (int i = 1; i < 8; ++i) {
 #pragma unroll
-          for (int k = 0; k < 8; ++k) sum[0][k] += c.scratch.sums[i][k][lane];
+          for (int k = 0; k < kPairs; ++k) {
+            sum[0][k].x += c.scratch.sums[i][2 * k][lane];
+            sum[0][k].y += c.scratch.sums[i][2 * k + 1][lane];
+          }
         }
       }
       ptx::named_barrier_sync(kConsumers, kConsumerThreads);
@@ -238,8 +205,8 @@ __device__ __forceinline__ void combine_units(const Combination& c, int share) {
     }
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      const int column = fragment[u] * 16 + 2 * (lane % 4);
-      const float* inverse = c.scratch.inverse[fragment[u] >= kFragments];
+      const int column = chunk[u] * (4 * kPairs) + 2 * (lane % 4);
+      const float* inverse = c.scratch.inverse[chunk[u] >= kChunks<Partial>];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int r = row[u] + 8 * e;
@@ -247,12 +214,24 @@ __device__ __forceinline__ void combine_units(const Combination& c, int share) {
         T* dst = static_cast<T*>(c.args.out) +
                  out_offset(c.args, c.seq, c.kv_head, c.first_row + r) + column;
 #pragma unroll
-        for (int k = e; k < 4; k += 2) {
-          *reinterpret_cast<uint32_t*>(dst + k / 2 * 8) = wgmma::Mma<T>::pack(
-              sum[u][2 * k] * inverse[r], sum[u][2 * k + 1] * inverse[r]);
+        for (int k = e; k < kPairs; k += 2) {
+          *reinterpret_cast<uint32_t*>(dst + k / 2 * 8) =
+              wgmma::Mma<T>::pack(sum[u][k].x * inverse[r], sum[u][k].y * inverse[r]);
         }
       }
     }
+  }
+}
+
+// Chooses how many units, of how many pieces, 16 loads are.
+template <typename T, typename Partial>
+__device__ __forceinline__ void combine_in_flight(const Combination& c, int share) {
+  if (c.split.pieces <= 4) {
+    combine_units<T, Partial, 4, 4>(c, share);
+  } else if (c.split.pieces <= 8) {
+    combine_units<T, Partial, 2, 8>(c, share);
+  } else {
+    combine_units<T, Partial, 1, 16>(c, share);
   }
 }
 
@@ -280,12 +259,10 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& pla
   ptx::named_barrier_sync(kConsumers, kConsumerThreads);
 
   const int share = place.part - split.first_part;
-  if (split.pieces <= 4) {
-    combine_units<T, 4, 4>(c, share);
-  } else if (split.pieces <= 8) {
-    combine_units<T, 2, 8>(c, share);
+  if (rows < kMinHalfRows) {
+    combine_in_flight<T, float>(c, share);
   } else {
-    combine_units<T, 1, 16>(c, share);
+    combine_in_flight<T, __half>(c, share);
   }
 }
 

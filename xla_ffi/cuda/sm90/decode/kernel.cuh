@@ -407,8 +407,13 @@ struct Decode {
       split.first_part = last ? part.end_seq_first_part : part.begin_seq_first_part;
       split.pieces = (last ? part.end_seq_last_part : place.part) - split.first_part + 1;
       split.helpers = split.pieces - !part.one_sequence;
-      store_partial(args, partial_slot(blockIdx.x, item.begin == 0), half,
-                    place.end_row - place.first_row, output, max, sum);
+      const int slot = partial_slot(blockIdx.x, item.begin == 0);
+      const int tile_rows = place.end_row - place.first_row;
+      if (tile_rows < kMinHalfRows) {
+        store_partial<float>(args, slot, half, tile_rows, output, max, sum);
+      } else {
+        store_partial<__half>(args, slot, half, tile_rows, output, max, sum);
+      }
       announce_partial(args.counters + place.peer(split.first_part), split,
                        &shared.counters_clear);
     });

@@ -92,14 +92,14 @@ cudaError_t dispatch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
 }
 
 size_t partial_out_bytes(int num_sms) {
-  return size_t{2} * num_sms * kTileRows * kValueColumns * sizeof(__half);
+  return size_t{2} * num_sms * kTileRows * kValueColumns * sizeof(float);
 }
 
 }  // namespace
 }  // namespace mla
 
 extern "C" size_t mla_sm90_decode_workspace_bytes(int num_sms) {
-  return mla::partial_out_bytes(num_sms) + size_t{4} * num_sms * mla::kTileRows * sizeof(float2);
+  return mla::partial_out_bytes(num_sms) + size_t{2} * num_sms * mla::kTileRows * sizeof(float4);
 }
 
 extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
@@ -130,7 +130,7 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
   args.lse = p.lse;
   args.partial_out = static_cast<uint4*>(p.workspace);
   args.partial_stats =
-      reinterpret_cast<float2*>(static_cast<char*>(p.workspace) + partial_out_bytes(num_sms));
+      reinterpret_cast<float4*>(static_cast<char*>(p.workspace) + partial_out_bytes(num_sms));
   args.counters = p.counters;
   args.b = p.b;
   args.s_q = p.s_q;

@@ -20,7 +20,6 @@ inline constexpr int kValueColumns = 512;  // d_v; a warpgroup accumulates half 
 inline constexpr int kHalfColumns = 256;
 inline constexpr int kMaxPieces = 9;  // of 64 columns; the ninth is RoPE's: K only
 inline constexpr int kBoxes = 5;      // copies that bring a block: four of two pieces, RoPE's
-inline constexpr int kFragments = 16;  // of 16 bytes a thread, of half an output in 16 bits
 inline constexpr int kConsumerThreads = 256;
 inline constexpr int kThreads = 384;
 
@@ -29,8 +28,8 @@ struct DecodeArgs {
   const int32_t* seqlens;
   void* out;
   float* lse;
-  uint4* partial_out;     // [slots][2 halves][kFragments][128 threads]: 8 fp16 each
-  float2* partial_stats;  // [slots][kTileRows][2 halves]: (max in log2 units, sum)
+  uint4* partial_out;  // partial results of split sequences, see partial.cuh
+  float4* partial_stats;
   uint32_t* counters;     // [CTAs], garbage until counters_clear
   int b, s_q, h_q, h_kv;
   int heads_per_kv;           // G = h_q / h_kv
@@ -91,12 +90,6 @@ struct Place {
     return blockIdx.x + (other_part - part) * groups;
   }
 };
-
-// A part holds at most two pieces of split sequences: the end of one begun before it (slot 0) and
-// the beginning of one that goes on after it (slot 1).
-__device__ __forceinline__ int partial_slot(int cta, bool holds_first_block) {
-  return 2 * cta + holds_first_block;
-}
 
 // One sequence (or a piece of it) as one CTA sees it.
 struct Item {

@@ -1,0 +1,115 @@
+// Copyright 2026 The mla-jax Authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Partial results of split sequences, as they lie in the workspace.
+//
+// The unnormalised output of a warpgroup, 64 rows x 256 columns, is kept as the registers hold it,
+// in chunks of 16 bytes a thread. As float where tiles are low: there is little to move, and a
+// conversion takes longer. As fp16 where they are high, each row scaled by a power of two that
+// brings its largest element near the top of fp16's range: the error is 2^-12 of an element. The
+// scale needs no place of its own: it moves from the values to the row's maximum and sum.
+
+#pragma once
+
+#include "layout.cuh"
+#include "softmax.cuh"
+
+namespace mla {
+
+// Rows of a tile from which on partial results are fp16.
+inline constexpr int kMinHalfRows = 33;
+
+// A partial result holds at most two pieces of split sequences: the end of one begun before it
+// (slot 0) and the beginning of one that goes on after it (slot 1).
+__device__ __forceinline__ int partial_slot(int cta, bool holds_first_block) {
+  return 2 * cta + holds_first_block;
+}
+
+// Chunks hold pairs of neighbouring columns; pair k is of the thread's row k % 2 and lies 8 (k / 2)
+// columns from the first.
+template <typename Partial>
+struct PartialFormat;
+
+template <>
+struct PartialFormat<float> {
+  static constexpr int kPairs = 2;  // of a chunk
+  __device__ __forceinline__ static int exponent(const float (&)[128], int) { return 0; }
+  __device__ __forceinline__ static uint4 pack(const float* v, const float (&)[2]) {
+    return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+                      __float_as_uint(v[3]));
+  }
+  __device__ __forceinline__ static float2 unpack(const uint32_t (&chunk)[4], int pair) {
+    return {__uint_as_float(chunk[2 * pair]), __uint_as_float(chunk[2 * pair + 1])};
+  }
+};
+
+template <>
+struct PartialFormat<__half> {
+  static constexpr int kPairs = 4;
+  // The exponent of a row's scale. Its bound keeps a piece of zeros comparable with others.
+  __device__ __forceinline__ static int exponent(const float (&output)[128], int row) {
+    float tops[4] = {};  // not one long chain
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float& top = tops[2 * (i % 2) + j];
+        top = fmaxf(top, fabsf(output[4 * i + 2 * row + j]));
+      }
+    }
+    const float top = quad_max(fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3])));
+    return max((__float_as_int(top) >> 23) - 141, -75);  // top < 2^(exponent + 15)
+  }
+  __device__ __forceinline__ static uint4 pack(const float* v, const float (&scale)[2]) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      packed[k] = wgmma::Mma<__half>::pack(v[2 * k] * scale[k % 2], v[2 * k + 1] * scale[k % 2]);
+    }
+    return make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  }
+  __device__ __forceinline__ static float2 unpack(const uint32_t (&chunk)[4], int pair) {
+    return __half22float2(reinterpret_cast<const __half2&>(chunk[pair]));
+  }
+};
+
+// Chunks of one thread's share of a warpgroup's output.
+template <typename Partial>
+inline constexpr int kChunks = 64 / PartialFormat<Partial>::kPairs;
+
+// Where piece results lie; [slot] is that of `partial_slot`, chunks of the left half come first.
+template <typename Partial>
+__device__ __forceinline__ uint4* partial_chunks(const DecodeArgs& args, int slot) {
+  return args.partial_out + int64_t{slot} * (2 * kChunks<float> * 128);
+}
+// (max in log2 units, sum) of the left half's scale and of the right half's.
+__device__ __forceinline__ float4* partial_stats(const DecodeArgs& args, int slot, int row) {
+  return args.partial_stats + slot * kTileRows + row;
+}
+
+// Writes the share of one warpgroup.
+template <typename Partial>
+__device__ __forceinline__ void store_partial(const DecodeArgs& args, int slot, int half, int rows,
+                                              const float (&output)[128], const RowPair& max,
+                                              const RowPair& sum) {
+  using Format = PartialFormat<Partial>;
+  const int thread = threadIdx.x % 128, row = 16 * (thread / 32) + thread % 32 / 4;
+  if (16 * (thread / 32) >= rows) return;
+  float scale[2];
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int exponent = Format::exponent(output, e);
+    scale[e] = __int_as_float((127 - exponent) << 23);
+    if (thread % 4 == 0) {
+      __stcg(reinterpret_cast<float2*>(partial_stats(args, slot, row + 8 * e)) + half,
+             make_float2(max.v[e] + exponent, sum.v[e] * scale[e]));
+    }
+  }
+  uint4* dst = partial_chunks<Partial>(args, slot) + half * kChunks<Partial> * 128 + thread;
+#pragma unroll
+  for (int i = 0; i < kChunks<Partial>; ++i) {
+    __stcg(dst + i * 128, Format::pack(output + i * 2 * Format::kPairs, scale));
+  }
+}
+
+}  // namespace mla
