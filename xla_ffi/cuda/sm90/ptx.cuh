@@ -89,6 +89,17 @@ __device__ __forceinline__ void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
 }
 
+// Copies 16 bytes from global memory, by way of L2 alone, to shared memory.
+__device__ __forceinline__ void copy_async_16(void* dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(dst)), "l"(src)
+               : "memory");
+}
+
+// Waits for all that this thread copies so.
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
 // Orders this thread's ordinary shared-memory accesses before later ones of tensor cores and TMA.
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -118,9 +129,8 @@ __device__ __forceinline__ void registers_shrink() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Adds 1 to a counter that goes back to 0 after `last`.
-__device__ __forceinline__ void increment_wrap(uint32_t* counter, uint32_t last) {
-  asm volatile("red.relaxed.gpu.global.inc.u32 [%0], %1;" ::"l"(counter), "r"(last) : "memory");
+__device__ __forceinline__ void increment(uint32_t* counter) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
 // Orders what this thread has seen and written before what it writes and sees next, GPU-wide.

@@ -4,8 +4,7 @@
 // Combining the partial results of a split sequence, inside the decode kernel.
 //
 // All CTAs that hold a piece of the sequence as the last thing they do wait until every piece is
-// written, then each combines a share of the output. The counter of the sequence counts arrivals
-// and departures. Waiting needs all CTAs to be resident: the kernel is launched cooperatively when
+// written, then each combines a share of the output. Waiting needs all CTAs to be resident: the kernel is launched cooperatively when
 // it splits.
 
 #pragma once
@@ -25,11 +24,6 @@ struct Split {
   int helpers;  // the parts, from the first on, that combine
 };
 
-// The counter counts `pieces` arrivals and `helpers` departures, then is zero again.
-__device__ __forceinline__ void count(uint32_t* counter, const Split& split) {
-  ptx::increment_wrap(counter, split.pieces + split.helpers - 1);
-}
-
 // The counters hold garbage when the kernel starts. One idle thread of each CTA clears the CTA's own
 // and tells the CTA when all are clear, long before the first is wanted. It meets the others at the
 // barrier that a cooperative launch brings: memory prepared by CUDA, which grid.sync() of
@@ -45,30 +39,36 @@ __device__ __forceinline__ void clear_counters(const DecodeArgs& args, uint64_t*
 }
 
 // Tells the others that this CTA's piece is written; called by all consumers.
-__device__ __forceinline__ void announce_partial(uint32_t* counter, const Split& split,
-                                                 uint64_t* all_clear) {
+__device__ __forceinline__ void announce_partial(uint32_t* counter, uint64_t* all_clear) {
   ptx::named_barrier_sync(kConsumers, kConsumerThreads);
   if (threadIdx.x == 0) {
     ptx::mbarrier_wait(all_clear, 0);
     ptx::fence_gpu();
-    count(counter, split);
+    ptx::increment(counter);
   }
 }
 
 // Scratch of the combination, in the query and block buffers, which are free by then.
 struct CombineScratch {
+  int64_t offsets[kTileRows];   // of the tile's rows in `out`
   float inverse[2][kTileRows];  // [half]: 1 / sum of all pieces' weights
-  float sums[8][8][32];         // [warp][element][lane]
-  float4 stats[];  // [rows][pieces | 1]: (max, sum) of both halves, then (factor, -) of both
+  float2 sums[8][4][32];        // [warp][pair][lane]
+  // [row of this CTA][pieces | 1]: (max, sum) of both halves, then (factor, -) of both. After the
+  // last row the chunks of this CTA's units, [unit][piece][lane].
+  float4 stats[];
 };
 
-// What combining threads need to find and place things.
+// What combining threads need to find and place things. A unit is one chunk of one warp of the
+// partial outputs: 16 rows, and columns in pairs. A CTA sums neighbouring units.
 struct Combination {
   const DecodeArgs& args;
   CombineScratch& scratch;
   Split split;
-  int seq, kv_head, first_row, rows, row_groups;
+  int seq, kv_head, first_row, rows;
   int first_slot, slot_stride;
+  int first_unit, units;            // of this CTA
+  int row_group_units;              // units of 16 rows
+  int first_row_group, row_groups;  // that the units touch
 
   // Piece s lies in slot 0 of its CTA, but the first one in slot 1.
   __device__ __forceinline__ int slot_of(int s) const {
@@ -76,16 +76,19 @@ struct Combination {
   }
   // An odd stride: neither rows nor pieces share banks.
   __device__ __forceinline__ float4& stats(int row, int s) const {
-    return scratch.stats[row * (split.pieces | 1) + s];
+    return scratch.stats[(row - 16 * first_row_group) * (split.pieces | 1) + s];
+  }
+  __device__ __forceinline__ uint4* chunks() const {
+    return reinterpret_cast<uint4*>(&stats(16 * (first_row_group + row_groups), 0));
   }
 };
 
 // Turns the pieces' statistics into factors for their values. All threads share the rows: 16, 8 or
 // 4 for each.
-__device__ __forceinline__ void find_factors(const Combination& c, bool write_lse) {
+__device__ __forceinline__ void find_factors(const Combination& c) {
   const int team = c.row_groups == 1 ? 16 : c.row_groups == 2 ? 8 : 4;
-  const int row = threadIdx.x / team, member = threadIdx.x % team;
-  if (row < 16 * c.row_groups) {  // whole warps
+  const int row = 16 * c.first_row_group + threadIdx.x / team, member = threadIdx.x % team;
+  if (threadIdx.x < 16 * c.row_groups * team) {  // whole warps
     float2 max = {kNegativeInfinity, kNegativeInfinity}, sum = {0.f, 0.f};
 #pragma unroll 4
     for (int s = member; s < c.split.pieces; s += team) {
@@ -94,10 +97,12 @@ __device__ __forceinline__ void find_factors(const Combination& c, bool write_ls
       max.x = fmaxf(max.x, v.x);
       max.y = fmaxf(max.y, v.z);
     }
+#pragma unroll 1
     for (int d = 1; d < team; d *= 2) {
       max.x = fmaxf(max.x, __shfl_xor_sync(0xFFFFFFFFu, max.x, d));
       max.y = fmaxf(max.y, __shfl_xor_sync(0xFFFFFFFFu, max.y, d));
     }
+#pragma unroll 1
     for (int s = member; s < c.split.pieces; s += team) {
       float4& v = c.stats(row, s);
       v.x = rescale_factor(v.x, max.x);
@@ -105,14 +110,18 @@ __device__ __forceinline__ void find_factors(const Combination& c, bool write_ls
       sum.x += v.x * v.y;
       sum.y += v.z * v.w;
     }
+#pragma unroll 1
     for (int d = 1; d < team; d *= 2) {
       sum.x += __shfl_xor_sync(0xFFFFFFFFu, sum.x, d);
       sum.y += __shfl_xor_sync(0xFFFFFFFFu, sum.y, d);
     }
-    if (member == 0) {
+    if (member == 0 && row < c.rows) {
+      c.scratch.offsets[row] = out_offset(c.args, c.seq, c.kv_head, c.first_row + row);
       c.scratch.inverse[0][row] = sum.x == 0.f ? 0.f : 1.f / sum.x;
       c.scratch.inverse[1][row] = sum.y == 0.f ? 0.f : 1.f / sum.y;
-      if (write_lse && row < c.rows) {
+      // By the CTA that has the first unit of these rows.
+      const int first_unit = row / 16 * c.row_group_units;
+      if (c.first_unit <= first_unit && first_unit < c.first_unit + c.units) {
         c.args.lse[lse_offset(c.args, c.seq, c.kv_head, c.first_row + row)] =
             log_sum_exp(max.x, sum.x);
       }
@@ -121,118 +130,83 @@ __device__ __forceinline__ void find_factors(const Combination& c, bool write_ls
   ptx::named_barrier_sync(kConsumers, kConsumerThreads);
 }
 
-// A unit is one chunk of one warp of the partial outputs: 16 rows, and columns in pairs. A warp
-// sums kUnits units at a time, kPieces pieces of each, so that 16 loads are under way; with more
-// than 16 pieces, all warps share one unit. The factors are found while the first loads are.
-template <typename T, typename Partial, int kUnits, int kPieces>
-__device__ __forceinline__ void combine_units(const Combination& c, int share) {
+// Sums the CTA's units. All that they need is on the way to shared memory while the factors are
+// found. The loops are rolled: code that runs once takes longest to fetch.
+template <typename T, typename Partial>
+__device__ __forceinline__ void combine_units(const Combination& c) {
   using Format = PartialFormat<Partial>;
   constexpr int kPairs = Format::kPairs;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool together = c.split.pieces > 16;
-  const int units = 2 * kChunks<Partial> * c.row_groups;
-  const int member = together ? warp : 0, team = together ? 8 : 1;
-  const int stride = c.split.helpers * (8 / team);  // to this warp's next unit
-  bool factors_known = false;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pieces = c.split.pieces;
+  const int team = c.units > 4 ? 1 : c.units > 2 ? 2 : c.units > 1 ? 4 : 8;  // warps of a unit
+  const int member = warp % team, step = 8 / team;
+  uint4* chunks = c.chunks();
 
-  for (int base = share; base < units; base += stride * kUnits) {
-    const int first_unit = base + (together ? 0 : warp * c.split.helpers);
-    float2 sum[kUnits][kPairs];
-    int chunk[kUnits], row[kUnits];
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      const int unit = first_unit + u * stride;
-      chunk[u] = unit / c.row_groups;
-      const int row_group = unit - chunk[u] * c.row_groups;
-      row[u] = unit < units ? 16 * row_group + lane / 4 : kTileRows;
-#pragma unroll
-      for (float2& x : sum[u]) x = {0.f, 0.f};
-    }
-    for (int first = member; first < c.split.pieces; first += team * kPieces) {
-      uint4 v[kUnits][kPieces];
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          const int s = first + i * team;
-          if (s < c.split.pieces && row[u] < kTileRows) {
-            v[u][i] = __ldcg(partial_chunks<Partial>(c.args, c.slot_of(s)) + chunk[u] * 128 +
-                             row[u] / 16 * 32 + lane);
-          }
-        }
-      }
-      if (!factors_known) find_factors(c, share == 0);
-      factors_known = true;
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        const int half = chunk[u] >= kChunks<Partial>;
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          const int s = first + i * team;
-          if (s < c.split.pieces && row[u] < kTileRows) {
-            const float factor[2] = {(&c.stats(row[u], s).x)[2 * half],
-                                     (&c.stats(row[u] + 8, s).x)[2 * half]};
-            const uint32_t packed[4] = {v[u][i].x, v[u][i].y, v[u][i].z, v[u][i].w};
-#pragma unroll
-            for (int k = 0; k < kPairs; ++k) {
-              const float2 x = Format::unpack(packed, k);
-              sum[u][k].x += x.x * factor[k % 2];
-              sum[u][k].y += x.y * factor[k % 2];
-            }
-          }
-        }
-      }
-    }
-    if (together) {
-#pragma unroll
-      for (int k = 0; k < kPairs; ++k) {
-        c.scratch.sums[warp][2 * k][lane] = sum[0][k].x;
-        c.scratch.sums[warp][2 * k + 1][lane] = sum[0][k].y;
-      }
-      ptx::named_barrier_sync(kConsumers, kConsumerThreads);
-      if (member == 0) {
-#pragma unroll
-        for (int i = 1; i < 8; ++i) {
-#pragma unroll
-          for (int k = 0; k < kPairs; ++k) {
-            sum[0][k].x += c.scratch.sums[i][2 * k][lane];
-            sum[0][k].y += c.scratch.sums[i][2 * k + 1][lane];
-          }
-        }
-      }
-      ptx::named_barrier_sync(kConsumers, kConsumerThreads);
-      if (member != 0) continue;
-    }
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      const int column = chunk[u] * (4 * kPairs) + 2 * (lane % 4);
-      const float* inverse = c.scratch.inverse[chunk[u] >= kChunks<Partial>];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int r = row[u] + 8 * e;
-        if (r >= c.rows) continue;
-        T* dst = static_cast<T*>(c.args.out) +
-                 out_offset(c.args, c.seq, c.kv_head, c.first_row + r) + column;
-#pragma unroll
-        for (int k = e; k < kPairs; k += 2) {
-          *reinterpret_cast<uint32_t*>(dst + k / 2 * 8) =
-              wgmma::Mma<T>::pack(sum[u][k].x * inverse[r], sum[u][k].y * inverse[r]);
-        }
-      }
+#pragma unroll 1
+  for (int i = warp / team; i < c.units; i += step) {
+    const int unit = c.first_unit + i, row_group = unit / c.row_group_units;
+    const int chunk = unit - row_group * c.row_group_units;
+#pragma unroll 1
+    for (int s = member; s < pieces; s += team) {
+      ptx::copy_async_16(chunks + (i * pieces + s) * 32 + lane,
+                         partial_chunks<Partial>(c.args, c.slot_of(s)) + chunk * 128 +
+                             row_group * 32 + lane);
     }
   }
-}
+  find_factors(c);
+  ptx::copy_async_wait();
 
-// Chooses how many units, of how many pieces, 16 loads are.
-template <typename T, typename Partial>
-__device__ __forceinline__ void combine_in_flight(const Combination& c, int share) {
-  if (c.split.pieces <= 4) {
-    combine_units<T, Partial, 4, 4>(c, share);
-  } else if (c.split.pieces <= 8) {
-    combine_units<T, Partial, 2, 8>(c, share);
-  } else {
-    combine_units<T, Partial, 1, 16>(c, share);
-  }
+  int i = warp / team;
+#pragma unroll 1
+  do {  // once where warps share units, so that all of them meet
+    const int unit = c.first_unit + i, row_group = unit / c.row_group_units;
+    const int chunk = unit - row_group * c.row_group_units;
+    const int half = chunk / kChunks<Partial>, row = 16 * row_group + lane / 4;
+    float2 sum[kPairs] = {};
+    if (i < c.units) {
+#pragma unroll 2
+      for (int s = member; s < pieces; s += team) {
+        const uint4 v = chunks[(i * pieces + s) * 32 + lane];
+        const uint32_t packed[4] = {v.x, v.y, v.z, v.w};
+        const float factor[2] = {(&c.stats(row, s).x)[2 * half],
+                                 (&c.stats(row + 8, s).x)[2 * half]};
+#pragma unroll
+        for (int k = 0; k < kPairs; ++k) {
+          const float2 x = Format::unpack(packed, k);
+          sum[k].x += x.x * factor[k % 2];
+          sum[k].y += x.y * factor[k % 2];
+        }
+      }
+    }
+    if (team > 1) {
+#pragma unroll
+      for (int k = 0; k < kPairs; ++k) c.scratch.sums[warp][k][lane] = sum[k];
+      ptx::named_barrier_sync(kConsumers, kConsumerThreads);
+      if (member > 0) return;
+#pragma unroll 1
+      for (int other = 1; other < team; ++other) {
+#pragma unroll
+        for (int k = 0; k < kPairs; ++k) {
+          sum[k].x += c.scratch.sums[warp + other][k][lane].x;
+          sum[k].y += c.scratch.sums[warp + other][k][lane].y;
+        }
+      }
+    }
+    if (i >= c.units) return;
+    const int column = chunk * (4 * kPairs) + 2 * (lane % 4);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int r = row + 8 * e;
+      if (r >= c.rows) continue;
+      const float inverse = c.scratch.inverse[half][r];
+      T* dst = static_cast<T*>(c.args.out) + c.scratch.offsets[r] + column;
+#pragma unroll
+      for (int k = e; k < kPairs; k += 2) {
+        *reinterpret_cast<uint32_t*>(dst + k / 2 * 8) =
+            wgmma::Mma<T>::pack(sum[k].x * inverse, sum[k].y * inverse);
+      }
+    }
+    i += step;
+  } while (i < c.units);
 }
 
 // Waits for all pieces and combines this part's share; called by all consumers.
@@ -240,29 +214,35 @@ template <typename T>
 __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& place, int seq,
                                         const Split& split, void* scratch) {
   const int rows = place.end_row - place.first_row;
-  const Combination c = {args,
-                         *static_cast<CombineScratch*>(scratch),
-                         split,
-                         seq,
-                         place.kv_head,
-                         place.first_row,
-                         rows,
-                         (rows + 15) / 16,
-                         partial_slot(place.peer(split.first_part), false),
-                         2 * place.groups};
+  const bool low = rows < kMinHalfRows;
+  Combination c = {args,
+                   *static_cast<CombineScratch*>(scratch),
+                   split,
+                   seq,
+                   place.kv_head,
+                   place.first_row,
+                   rows,
+                   partial_slot(place.peer(split.first_part), false),
+                   2 * place.groups};
+  c.row_group_units = 2 * (low ? kChunks<float> : kChunks<__half>);
+  const int all_units = (rows + 15) / 16 * c.row_group_units;
+  const int most = Divisor(split.helpers).ceil(all_units);
+  c.first_unit = (place.part - split.first_part) * most;
+  c.units = min(most, all_units - c.first_unit);
+  c.first_row_group = c.first_unit / c.row_group_units;
+  c.row_groups = (c.first_unit + c.units - 1) / c.row_group_units - c.first_row_group + 1;
+
+  if (c.units <= 0) return;
   if (threadIdx.x == 0) {
-    uint32_t* counter = args.counters + place.peer(split.first_part);
+    const uint32_t* counter = args.counters + place.peer(split.first_part);
     while (ptx::acquire_load(counter) < static_cast<uint32_t>(split.pieces)) {
     }
-    count(counter, split);
   }
   ptx::named_barrier_sync(kConsumers, kConsumerThreads);
-
-  const int share = place.part - split.first_part;
-  if (rows < kMinHalfRows) {
-    combine_in_flight<T, float>(c, share);
+  if (low) {
+    combine_units<T, float>(c);
   } else {
-    combine_in_flight<T, __half>(c, share);
+    combine_units<T, __half>(c);
   }
 }
 

@@ -414,8 +414,7 @@ struct Decode {
       } else {
         store_partial<__half>(args, slot, half, tile_rows, output, max, sum);
       }
-      announce_partial(args.counters + place.peer(split.first_part), split,
-                       &shared.counters_clear);
+      announce_partial(args.counters + place.peer(split.first_part), &shared.counters_clear);
     });
     // Whoever goes on to another sequence holds nobody up: only the last item is waited for.
     if (place.part < split.first_part + split.helpers) {
@@ -443,6 +442,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     find_part(args.seqlens, args.b, args.max_pages_per_seq * args.page_size, blockIdx.x, args.grids,
               &shared.part);
+    if (threadIdx.x % 32 == 0) shared.place = Place::here(args, shared.part.height);
   } else if (threadIdx.x == 0) {
     ptx::mbarrier_init(&shared.query_full, 1);
     ptx::mbarrier_init(&shared.query_empty, 8);
@@ -459,7 +459,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (entry < entries) ptx::prefetch_l2(args.block_table + entry);
   }
   __syncthreads();
-  const auto place = Place::here(args, shared.part.height);
+  const Place& place = shared.place;
 
   // 168 registers a thread at launch; the copiers' go to the others.
   if (warpgroup == 2) {

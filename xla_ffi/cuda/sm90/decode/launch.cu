@@ -145,7 +145,7 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
   args.causal = p.causal != 0;
 
   // With more tiles than multiprocessors nothing is split, and all tiles are high.
-  int ctas = std::min(num_sms, int{MLA_SM90_MAX_CTAS});
+  int ctas = std::min(num_sms, kMaxParts);
   for (int i = 0; i < kTileHeights; ++i) {
     const int height = tile_height(i);
     const int64_t groups = (int64_t{args.rows} + height - 1) / height * p.h_kv;

@@ -41,6 +41,25 @@ struct DecodeArgs {
   bool causal;
 };
 
+// Where a CTA stands in the grid: blockIdx.x = part * groups + group.
+struct Place {
+  int groups, part, kv_head;
+  int first_row, end_row;  // of the packed query rows
+
+  __device__ __forceinline__ static Place here(const DecodeArgs& args, int height) {
+    const int groups = args.grids[height].groups;
+    const int part = Divisor(groups).floor(blockIdx.x), group = blockIdx.x - part * groups;
+    const int tile = Divisor(args.h_kv).floor(group);
+    const int first_row = tile * tile_height(height);
+    return {groups, part, group - tile * args.h_kv, first_row,
+            min(first_row + tile_height(height), args.rows)};
+  }
+  // The CTA that does for `other_part` what this one does for its own.
+  __device__ __forceinline__ int peer(int other_part) const {
+    return blockIdx.x + (other_part - part) * groups;
+  }
+};
+
 // Shared memory of a CTA; all pieces are 1024-byte aligned for the swizzle.
 struct Shared {
   uint8_t query[kMaxPieces][wgmma::kPieceBytes];
@@ -55,6 +74,7 @@ struct Shared {
   float sum[2][2][kTileRows];  // [item parity][warpgroup]
   uint64_t counters_clear;  // completes when the counters of the whole grid are zero
   Part part;
+  Place place;
 };
 inline constexpr int kWeightsPiece = 8;
 
@@ -71,25 +91,6 @@ struct CacheMaps {
 __host__ __device__ __forceinline__ int query_box_rows(int rows, int height) {
   return min((rows + 7) / 8 * 8, tile_height(height));
 }
-
-// Where a CTA stands in the grid: blockIdx.x = part * groups + group.
-struct Place {
-  int groups, part, kv_head;
-  int first_row, end_row;  // of the packed query rows
-
-  __device__ __forceinline__ static Place here(const DecodeArgs& args, int height) {
-    const int groups = args.grids[height].groups;
-    const int part = Divisor(groups).floor(blockIdx.x), group = blockIdx.x - part * groups;
-    const int tile = args.h_kv == 1 ? group : group / args.h_kv;
-    const int first_row = tile * tile_height(height);
-    return {groups, part, group - tile * args.h_kv, first_row,
-            min(first_row + tile_height(height), args.rows)};
-  }
-  // The CTA that does for `other_part` what this one does for its own.
-  __device__ __forceinline__ int peer(int other_part) const {
-    return blockIdx.x + (other_part - part) * groups;
-  }
-};
 
 // One sequence (or a piece of it) as one CTA sees it.
 struct Item {

@@ -22,6 +22,9 @@
 namespace mla {
 
 inline constexpr int kBlockTokens = 64;
+// The most parts of a schedule: no Hopper GPU has more multiprocessors, and the pieces of a sequence
+// that many CTAs can combine are bounded by their shared memory.
+inline constexpr int kMaxParts = 132;
 
 // The heights of row tiles to choose from. A low one leaves tensor cores idle, and costs less when
 // partial results are combined: for few blocks, when there are multiprocessors to spare.
@@ -123,6 +126,7 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
       const int middle = (low + high) / 2;
       const Divisor by_middle(middle);
       int needed = 0;
+#pragma unroll 1
       for (int i = lane; i < b; i += 32) needed += by_middle.ceil(blocks_of(i));
       if (warp_sum(needed) <= num_parts) {
         high = middle;
