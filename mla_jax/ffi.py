@@ -98,10 +98,11 @@ def instruction_set() -> str:
 
 
 @functools.cache
-def _workspace_bytes() -> int:
+def _workspace_bytes(*sizes: int) -> int:
+    """Asks the CUDA library for the bytes that a call's partial results take."""
     library = _load("cuda")
     library.mla_jax_cuda_workspace_bytes.restype = ctypes.c_size_t
-    return library.mla_jax_cuda_workspace_bytes()
+    return library.mla_jax_cuda_workspace_bytes(*map(ctypes.c_int32, sizes))
 
 
 def unsupported_reason(
@@ -111,7 +112,6 @@ def unsupported_reason(
     k_cache: Any,
     block_table: Any,
     head_dim_v: int,
-    batch_invariant: bool,
     **_: object,
 ) -> str | None:
     """Says why these inputs cannot run on a platform, or None: a CPU takes all valid ones.
@@ -122,21 +122,18 @@ def unsupported_reason(
         k_cache: as there.
         block_table: as there.
         head_dim_v: as there.
-        batch_invariant: as there.
     """
     if platform not in PLATFORMS:
         return f"not on {platform}: it runs on CPUs and on NVIDIA Hopper GPUs"
     if platform == "cuda":
-        reason = _kernel_reason(q, k_cache, block_table, head_dim_v, batch_invariant)
+        reason = _kernel_reason(q, k_cache, block_table, head_dim_v)
         reason = _device_reason() or reason
         if reason is not None:
             return reason
     return _library_reason(platform)
 
 
-def _kernel_reason(
-    q: Any, k_cache: Any, block_table: Any, head_dim_v: int, batch_invariant: bool
-) -> str | None:
+def _kernel_reason(q: Any, k_cache: Any, block_table: Any, head_dim_v: int) -> str | None:
     """Says what the CUDA kernel does not take; xla_ffi/handlers/cuda.cc checks the same."""
     page_size = k_cache.shape[1]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -153,8 +150,6 @@ def _kernel_reason(
             f"block_table: got {b} x {max_pages} pages of {page_size} tokens, the CUDA "
             "kernel takes 2^30 tokens a sequence and 2^34 in all"
         )
-    if batch_invariant:
-        return "batch_invariant: the CUDA kernel cuts sequences as the batch needs it"
     return None
 
 
@@ -185,8 +180,8 @@ def decode(
     """Attends each query to the cached tokens of its sequence.
 
     The arguments are those of `mla_jax.flash_mla_with_kvcache`, already checked. On a CPU a row's
-    arithmetic is its own, so `batch_invariant` asks for nothing more; CUDA refuses it. `platform`
-    is given where the caller has branches by platform: JAX lowers each branch for all of them.
+    arithmetic is its own, so `batch_invariant` asks for nothing more. `platform` is given where the
+    caller has branches by platform: JAX lowers each branch for all of them.
 
     Returns:
         out `[b, s_q, h_q, head_dim_v]` in q's dtype and lse `[b, h_q, s_q]` float32.
@@ -196,13 +191,16 @@ def decode(
     """
     options = {"head_dim_v": head_dim_v, "softmax_scale": softmax_scale, "causal": causal}
     inputs: dict[str, Any] = {"q": q, "k_cache": k_cache, "block_table": block_table} | options
-    calls: dict[str, Callable[..., Any]] = {"cpu": _call_cpu, "cuda": _call_cuda}
+    calls: dict[str, Callable[..., Any]] = {
+        "cpu": _call_cpu,
+        "cuda": functools.partial(_call_cuda, batch_invariant=batch_invariant),
+    }
     if platform is not None:
         return calls[platform](q, k_cache, block_table, cache_seqlens, **options)
     branches = {
         name: functools.partial(call, **options)
         for name, call in calls.items()
-        if unsupported_reason(platform=name, batch_invariant=batch_invariant, **inputs) is None
+        if unsupported_reason(platform=name, **inputs) is None
     }
     # Fails when it is lowered for a platform that has no branch here, not when it runs there.
     return jax.lax.platform_dependent(q, k_cache, block_table, cache_seqlens, **branches)
@@ -226,17 +224,22 @@ def _call_cpu(
 def _call_cuda(
     q: jax.Array,
     k_cache: jax.Array,
-    *arrays: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    *,
     head_dim_v: int,
     softmax_scale: float,
     causal: bool,
+    batch_invariant: bool,
 ) -> Any:
     b, s_q, h_q, d_k = q.shape
-    h_kv = k_cache.shape[2]
+    _, page_size, h_kv, _ = k_cache.shape
+    sizes = (b, s_q, h_q, h_kv, block_table.shape[1], page_size, batch_invariant)
     if h_kv > 1:  # the kernel wants all rows that read the same keys at one stride
         q = q.reshape(b, s_q, h_kv, h_q // h_kv, d_k).swapaxes(2, 3).reshape(q.shape)
     # Partial results of split sequences: memory of the call, which no one else reads.
-    workspace = jax.ShapeDtypeStruct((_workspace_bytes(),), jnp.uint8)
+    workspace = jax.ShapeDtypeStruct((_workspace_bytes(*sizes),), jnp.uint8)
     call = jax.ffi.ffi_call(_TARGET, (*_result_shapes(q, head_dim_v), workspace))
-    options = {"softmax_scale": np.float32(softmax_scale), "causal": causal}
-    return tuple(call(q, k_cache, *arrays, **options)[:2])
+    options = {"causal": causal, "batch_invariant": batch_invariant}
+    scale = np.float32(softmax_scale)
+    return tuple(call(q, k_cache, block_table, cache_seqlens, softmax_scale=scale, **options)[:2])

@@ -62,7 +62,7 @@ def op(implementation: str) -> Callable[..., Any]:
         found = mla_jax.explain(*arguments, **options)
         if found.implementation is None:
             reason = f"{implementation}: {found.reasons[implementation]}"
-            promised = _promised(q, k_cache, head_dim_v, options.get("batch_invariant", False))
+            promised = _promised(q, k_cache, head_dim_v)
             if promised and implementation in _names("MLA_JAX_REQUIRE"):
                 pytest.fail(reason)
             pytest.skip(reason)
@@ -71,12 +71,11 @@ def op(implementation: str) -> Callable[..., Any]:
     return call
 
 
-def _promised(q: Any, k_cache: Any, head_dim_v: int, batch_invariant: bool) -> bool:
+def _promised(q: Any, k_cache: Any, head_dim_v: int) -> bool:
     """Says whether every implementation is meant to run this where its device is present."""
     return (
         q.dtype.name in ("bfloat16", "float16")
         and q.shape[3] in (512, 576)
         and head_dim_v == 512
         and k_cache.shape[1] in (16, 32, 64, 128)
-        and not batch_invariant
     )

@@ -78,9 +78,9 @@ def test_the_call_that_is_lowered(name):
     text = lower(functools.partial(run, **options), *inputs())
     (call,) = [line for line in text.splitlines() if "custom_call" in line]
     assert "@mla_jax_decode(%arg0, %arg1, %arg2, %arg3)" in call
-    assert "causal = true, softmax_scale = 2.500000e-01 : f32" in call
+    assert "batch_invariant = false, causal = true, softmax_scale = 2.500000e-01 : f32" in call
     results = "(tensor<2x1x4x512xbf16>, tensor<2x4x1xf32>, tensor<{}xui8>)"
-    assert results.format(ffi._workspace_bytes()) in call
+    assert results.format(ffi._workspace_bytes(2, 1, 4, 1, 3, 64, False)) in call
     assert "stablehlo.transpose" not in text  # one KV head: q is as the kernel wants it
 
 
@@ -96,19 +96,24 @@ def test_one_program_for_both_platforms():
         assert text.count("@mla_jax_decode(") == 2
 
 
-@pytest.mark.parametrize("name", ["float32", "page_size 8", "batch_invariant"])
-def test_none_lowers_for_a_gpu_what_the_kernel_does_not_take(name):
-    arrays, options = {
-        "float32": (inputs(dtype=jnp.float32), {}),
-        "page_size 8": (inputs(page_size=8), {}),
-        "batch_invariant": (inputs(), {"batch_invariant": True}),
-    }[name]
-    assert "custom_call" not in lower(
-        functools.partial(run, implementation=None, **options), *arrays
-    )
+@pytest.mark.parametrize("changed", [{"dtype": jnp.float32}, {"page_size": 8}], ids=str)
+def test_none_lowers_for_a_gpu_what_the_kernel_does_not_take(changed):
+    arrays = inputs(**changed)
+    assert "custom_call" not in lower(functools.partial(run, implementation=None), *arrays)
     # Asked for by name it is not replaced: refused at once where a GPU is the default device.
     with pytest.raises(NotImplementedError, match="platform cuda|^ffi: .*the CUDA kernel"):
-        lower(functools.partial(run, **options), *arrays)
+        lower(run, *arrays)
+
+
+@pytest.mark.parametrize(("width", "pieces"), [(1, 1), (8, 1), (9, 2), (64, 8), (4096, 16)])
+def test_workspace_of_batch_invariant_calls(width, pieces):
+    """For each piece of a sequence and tile of 64 rows 64 x 512 fp16 and 64 x 4 statistics."""
+    count = 3 * 2 * 2 * pieces  # sequences, tiles, KV heads
+    counters = 1152
+    size = ffi._workspace_bytes(3, 2, 128, 2, width, 64, True)
+    assert size == counters + count * (64 * 512 * 2 + 64 * 16)
+    text = lower(functools.partial(run, batch_invariant=True), *inputs())
+    assert "batch_invariant = true" in text
 
 
 # --- What is refused ------------------------------------------------------------------------------
@@ -137,7 +142,6 @@ def pretend(monkeypatch):
         (inputs(page_size=8), {}, "k_cache: got page_size 8, the CUDA kernel takes 16, 32, 64 and"),
         (inputs(page_size=256), {}, "k_cache: got page_size 256, the CUDA kernel takes"),
         (inputs(width=2**24 + 1), {}, "block_table: got 2 x 16777217 pages of 64 tokens"),
-        (inputs(), {"batch_invariant": True}, "batch_invariant: the CUDA kernel"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -194,8 +198,9 @@ def checks():
     jax.ffi.register_ffi_target("mla_jax_check_cuda", handler, platform="cpu")
 
 
-def workspace(missing=0):
-    return shaped(ffi._workspace_bytes() - missing, dtype=jnp.uint8)
+def workspace(missing=0, invariant=False):
+    size = ffi._workspace_bytes(2, 1, 4, 1, 3, 64, invariant)
+    return shaped(size - missing, dtype=jnp.uint8)
 
 
 # What differs from a right call, and what the error says; test_ffi.py has what both handlers share.
@@ -211,6 +216,8 @@ REFUSALS = [
       "out": shaped(1, 1, 4, 512), "lse": floats(1, 4, 1)},
      r"block_table: got int32\[1, 16777217\], expected pages of at most 2\^30 tokens a sequence"),
     ({"workspace": lambda: workspace(1)}, r"workspace: got \d+ bytes, expected at least \d+"),
+    ({"workspace": lambda: workspace(1, True), "batch_invariant": True},
+     r"workspace: got \d+ bytes, expected at least \d+"),
     ({"lse": floats(2, 4, 2)}, r"lse: got float32\[2, 4, 2\], expected float32\[b, h_q, s_q\]"),
     ({"softmax_scale": np.float32(-1)}, "softmax_scale: got -1.0+, expected a positive finite"),
 ]  # fmt: skip
@@ -221,12 +228,12 @@ REFUSALS = [
 def test_handler_refuses(checks, change, message):
     right = dict(zip(("q", "k_cache", "block_table", "cache_seqlens"), inputs(), strict=True))
     right |= {"out": shaped(2, 1, 4, 512), "lse": floats(2, 4, 1), "workspace": workspace}
-    right |= {"softmax_scale": np.float32(0.1), "causal": False}
+    right |= {"softmax_scale": np.float32(0.1), "causal": False, "batch_invariant": False}
 
     def call(**call):
         call["workspace"] = call["workspace"]()
         results = tuple(call.pop(name) for name in ("out", "lse", "workspace"))
-        attributes = {name: call.pop(name) for name in ("softmax_scale", "causal")}
+        attributes = {name: call.pop(name) for name in ("softmax_scale", "causal", "batch_invariant")}
         arrays = [jnp.zeros(x.shape, x.dtype) for x in call.values()]
         jax.block_until_ready(
             jax.ffi.ffi_call("mla_jax_check_cuda", results)(*arrays, **attributes)
@@ -274,12 +281,15 @@ def test_replays_of_one_loop(s_q, h_q):
     lengths = np.where(rng.random((200, 6, 4)) < 0.3, 0, base).astype(np.int32)
     tables = np.repeat(p.block_table[None], 200, axis=0)
     tables[:, :, :2] = rng.integers(0, len(p.k_cache), (200, 4, 2))
-    # The oracle is slow: one step of each execution. All are under way before the first is read.
+    # One step of each execution. All are under way before the first is read. The oracle is slow: it
+    # sees every tenth, and all have the bits of a call outside of the loop.
     take = jax.jit(lambda results, t: jax.tree.map(lambda x: x[t], results))
     results = [take(loop(tables[i], lengths[i]), i % 6) for i in range(200)]
     for i, result in enumerate(results):
         call = Problem(p.q, p.k_cache, tables[i], lengths[i, i % 6])
-        assert_close(result, attend(call, causal=True))
+        assert_same_bits(result, run(q, k_cache, tables[i], lengths[i, i % 6], causal=True))
+        if i % 10 == 0:
+            assert_close(result, attend(call, causal=True))
 
 
 @gpu
@@ -354,6 +364,31 @@ def test_same_bits_100_times(s_q, h_q, lengths):
     first = run(*arrays)
     for _ in range(100):
         assert_same_bits(run(*arrays), first)
+
+
+@gpu
+@pytest.mark.parametrize(("s_q", "h_q"), [(1, 16), (1, 128), (2, 128), (3, 40)])
+def test_batch_invariant(s_q, h_q):
+    """A row's bits alone, in batches of 2 to 128, in other slots, among other neighbours."""
+    lengths = [5000, 9000, 700, 512, 513, 64, 0]
+    width, num_pages = 160, 300
+    p = problem(lengths, s_q=s_q, h_q=h_q, width=width, num_pages=num_pages)
+    call = functools.partial(run, causal=True, batch_invariant=True)
+    whole = call(*p.arrays())
+    assert_close(whole, attend(p, causal=True))
+    rng = np.random.default_rng(0)
+    for b in (1, 2, 5, 16, 128):
+        slots = rng.integers(0, len(lengths), b)
+        slots[rng.integers(b)] = 0  # the longest but one always
+        assert_same_bits(call(*p.rows(slots).arrays()), [np.asarray(x)[slots] for x in whole])
+    # Pages of 16 tokens instead of 64, in another order: the same tokens, so the same bits.
+    small = p.k_cache.reshape(num_pages * 4, 16, 1, -1)
+    moved = rng.permutation(len(small)).astype(np.int32)
+    table = 4 * np.minimum(p.block_table, num_pages - 1)[:, :, None] + np.arange(4, dtype=np.int32)
+    pages = np.empty_like(small)
+    pages[moved] = small
+    table = moved[table].reshape(len(lengths), -1)
+    assert_same_bits(call(p.q, pages, table, p.cache_seqlens), whole)
 
 
 @gpu

@@ -36,9 +36,10 @@ typedef struct MlaDecodeParams {
   int32_t num_pages;
   int32_t page_size;  // 16, 32, 64 or 128
   int32_t max_pages_per_seq;
-  float softmax_scale;  // > 0
-  int32_t causal;       // query j sees the first seqlen - s_q + j + 1 tokens
-  MlaDtype dtype;       // of q, k_cache and out
+  float softmax_scale;      // > 0
+  int32_t causal;           // query j sees the first seqlen - s_q + j + 1 tokens
+  MlaDtype dtype;           // of q, k_cache and out
+  int32_t batch_invariant;  // a row's bits depend on its own query, tokens and length only
 } MlaDecodeParams;
 
 enum { MLA_SM90_MAX_CTAS = 264 };
@@ -46,8 +47,9 @@ enum { MLA_SM90_MAX_CTAS = 264 };
 #define MLA_SM90_MAX_SEQUENCE_TOKENS (INT64_C(1) << 30)
 #define MLA_SM90_MAX_BATCH_TOKENS (INT64_C(1) << 34)
 
-// Bytes of workspace for partial results on a device of `num_sms` multiprocessors.
-size_t mla_sm90_decode_workspace_bytes(int num_sms);
+// Bytes of workspace for partial results on a device of at most `num_sms` multiprocessors; of
+// `params` only the sizes and `batch_invariant` count.
+size_t mla_sm90_decode_workspace_bytes(const MlaDecodeParams* params, int num_sms);
 
 // Enqueues the decode on `stream` of the current device. Allocates nothing, never synchronises.
 // Returns a cudaError_t: cudaSuccess (0), or why nothing was launched.

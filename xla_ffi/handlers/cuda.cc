@@ -22,15 +22,15 @@ constexpr int kMaxMultiprocessors = 144;
 // The counters, which the kernel clears, lie first in the workspace; what follows stays aligned.
 constexpr size_t kCountersBytes = (sizeof(uint32_t) * MLA_SM90_MAX_CTAS + 127) / 128 * 128;
 
-size_t WorkspaceBytes() {
-  return kCountersBytes + mla_sm90_decode_workspace_bytes(kMaxMultiprocessors);
+size_t WorkspaceBytes(const MlaDecodeParams& p) {
+  return kCountersBytes + mla_sm90_decode_workspace_bytes(&p, kMaxMultiprocessors);
 }
 
 // What the kernel takes of what the op allows. No call to CUDA: tests reach this without a GPU.
 ffi::Error CheckCuda(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer block_table,
                      ffi::AnyBuffer cache_seqlens, ffi::AnyBuffer out, ffi::AnyBuffer lse,
                      ffi::AnyBuffer workspace, float softmax_scale, bool causal,
-                     MlaDecodeParams& p) {
+                     bool batch_invariant, MlaDecodeParams& p) {
   ffi::Error error =
       Check(q, k_cache, block_table, cache_seqlens, out, lse, softmax_scale, causal, p);
   if (error.failure()) return error;
@@ -50,9 +50,10 @@ ffi::Error CheckCuda(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer bl
     return Invalid("block_table", Describe(block_table),
                    "pages of at most 2^30 tokens a sequence and 2^34 in all on a GPU");
   }
-  if (workspace.size_bytes() < WorkspaceBytes()) {
+  p.batch_invariant = batch_invariant;
+  if (workspace.size_bytes() < WorkspaceBytes(p)) {
     return Invalid("workspace", std::to_string(workspace.size_bytes()) + " bytes",
-                   "at least " + std::to_string(WorkspaceBytes()));
+                   "at least " + std::to_string(WorkspaceBytes(p)));
   }
   auto* bytes = static_cast<char*>(workspace.untyped_data());
   p.counters = reinterpret_cast<uint32_t*>(bytes);
@@ -68,10 +69,11 @@ ffi::Error Failed(const std::string& what, cudaError_t error) {
 ffi::Error DecodeCuda(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_cache,
                       ffi::AnyBuffer block_table, ffi::AnyBuffer cache_seqlens,
                       ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
-                      ffi::Result<ffi::AnyBuffer> workspace, float softmax_scale, bool causal) {
+                      ffi::Result<ffi::AnyBuffer> workspace, float softmax_scale, bool causal,
+                      bool batch_invariant) {
   MlaDecodeParams params = {};
   ffi::Error refused = CheckCuda(q, k_cache, block_table, cache_seqlens, *out, *lse, *workspace,
-                                 softmax_scale, causal, params);
+                                 softmax_scale, causal, batch_invariant, params);
   if (refused.failure()) return refused;
   // XLA has made the stream's device the current one.
   int device = 0, major = 0, minor = 0;
@@ -97,10 +99,10 @@ ffi::Error DecodeCuda(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_ca
 ffi::Error CheckOnly(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer block_table,
                      ffi::AnyBuffer cache_seqlens, ffi::Result<ffi::AnyBuffer> out,
                      ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> workspace,
-                     float softmax_scale, bool causal) {
+                     float softmax_scale, bool causal, bool batch_invariant) {
   MlaDecodeParams params = {};
   return CheckCuda(q, k_cache, block_table, cache_seqlens, *out, *lse, *workspace, softmax_scale,
-                   causal, params);
+                   causal, batch_invariant, params);
 }
 
 template <typename Binding>
@@ -114,7 +116,8 @@ auto Operands(Binding binding) {
       .template Ret<ffi::AnyBuffer>()  // lse
       .template Ret<ffi::AnyBuffer>()  // workspace: mla_jax_cuda_workspace_bytes() bytes
       .template Attr<float>("softmax_scale")
-      .template Attr<bool>("causal");
+      .template Attr<bool>("causal")
+      .template Attr<bool>("batch_invariant");
 }
 
 }  // namespace
@@ -126,5 +129,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_jax_check_cuda, CheckOnly, Operands(ffi::Ffi::
 
 }  // namespace mla
 
-// Bytes of the result `workspace`, on any device.
-extern "C" size_t mla_jax_cuda_workspace_bytes() { return mla::WorkspaceBytes(); }
+// Bytes of the result `workspace` of a call of these sizes, on any device.
+extern "C" size_t mla_jax_cuda_workspace_bytes(int32_t b, int32_t s_q, int32_t h_q, int32_t h_kv,
+                                               int32_t max_pages_per_seq, int32_t page_size,
+                                               int32_t batch_invariant) {
+  MlaDecodeParams p = {};
+  p.b = b;
+  p.s_q = s_q;
+  p.h_q = h_q;
+  p.h_kv = h_kv;
+  p.max_pages_per_seq = max_pages_per_seq;
+  p.page_size = page_size;
+  p.batch_invariant = batch_invariant;
+  return mla::WorkspaceBytes(p);
+}

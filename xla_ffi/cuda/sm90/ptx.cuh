@@ -112,11 +112,7 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
 }
 
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-#ifdef MLA_SYNC_FOR_ARRIVE  // for tools that do not know bar.arrive, see tests/sanitizer.py
-  named_barrier_sync(id, threads);
-#else
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#endif
 }
 
 template <int kRegisters>

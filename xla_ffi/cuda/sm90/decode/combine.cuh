@@ -3,9 +3,10 @@
 //
 // Combining the partial results of a split sequence, inside the decode kernel.
 //
-// All CTAs that hold a piece of the sequence as the last thing they do wait until every piece is
-// written, then each combines a share of the output. Waiting needs all CTAs to be resident: the kernel is launched cooperatively when
-// it splits.
+// Batch-invariant results are combined by a kernel of their own, all others in the decode kernel:
+// all CTAs that hold a piece of the sequence as the last thing they do wait until every piece is
+// written, then each combines a share of the output. Waiting needs all CTAs to be resident: the
+// kernel is launched cooperatively when it splits.
 
 #pragma once
 
@@ -24,9 +25,9 @@ struct Split {
   int helpers;  // the parts, from the first on, that combine
 };
 
-// The counters hold garbage when the kernel starts. One idle thread of each CTA clears the CTA's own
-// and tells the CTA when all are clear, long before the first is wanted. It meets the others at the
-// barrier that a cooperative launch brings: memory prepared by CUDA, which grid.sync() of
+// The counters hold garbage when the kernel starts. One idle thread of each CTA clears the CTA's
+// own and tells the CTA when all are clear, long before the first is wanted. It meets the others at
+// the barrier that a cooperative launch brings: memory prepared by CUDA, which grid.sync() of
 // cooperative_groups would use with all threads of a CTA. The high bit flips when all have arrived.
 __device__ __forceinline__ void clear_counters(const DecodeArgs& args, uint64_t* all_clear) {
   uint32_t* barrier = &cooperative_groups::details::get_grid_workspace()->barrier;
@@ -63,20 +64,19 @@ struct CombineScratch {
 struct Combination {
   const DecodeArgs& args;
   CombineScratch& scratch;
-  Split split;
+  int pieces;
   int seq, kv_head, first_row, rows;
-  int first_slot, slot_stride;
-  int first_unit, units;            // of this CTA
-  int row_group_units;              // units of 16 rows
-  int first_row_group, row_groups;  // that the units touch
+  int first_slot, next_slot, slot_stride;  // of pieces 0, 1 and from there on
+  int first_unit, units;                   // of this CTA
+  int row_group_units;                     // units of 16 rows
+  int first_row_group, row_groups;         // that the units touch
 
-  // Piece s lies in slot 0 of its CTA, but the first one in slot 1.
   __device__ __forceinline__ int slot_of(int s) const {
-    return first_slot + s * slot_stride + (s == 0);
+    return s == 0 ? first_slot : next_slot + (s - 1) * slot_stride;
   }
   // An odd stride: neither rows nor pieces share banks.
   __device__ __forceinline__ float4& stats(int row, int s) const {
-    return scratch.stats[(row - 16 * first_row_group) * (split.pieces | 1) + s];
+    return scratch.stats[(row - 16 * first_row_group) * (pieces | 1) + s];
   }
   __device__ __forceinline__ uint4* chunks() const {
     return reinterpret_cast<uint4*>(&stats(16 * (first_row_group + row_groups), 0));
@@ -91,7 +91,7 @@ __device__ __forceinline__ void find_factors(const Combination& c) {
   if (threadIdx.x < 16 * c.row_groups * team) {  // whole warps
     float2 max = {kNegativeInfinity, kNegativeInfinity}, sum = {0.f, 0.f};
 #pragma unroll 4
-    for (int s = member; s < c.split.pieces; s += team) {
+    for (int s = member; s < c.pieces; s += team) {
       const float4 v = __ldcg(partial_stats(c.args, c.slot_of(s), row));
       c.stats(row, s) = v;
       max.x = fmaxf(max.x, v.x);
@@ -102,8 +102,8 @@ __device__ __forceinline__ void find_factors(const Combination& c) {
       max.x = fmaxf(max.x, __shfl_xor_sync(0xFFFFFFFFu, max.x, d));
       max.y = fmaxf(max.y, __shfl_xor_sync(0xFFFFFFFFu, max.y, d));
     }
-#pragma unroll 1
-    for (int s = member; s < c.split.pieces; s += team) {
+#pragma unroll 4
+    for (int s = member; s < c.pieces; s += team) {
       float4& v = c.stats(row, s);
       v.x = rescale_factor(v.x, max.x);
       v.z = rescale_factor(v.z, max.y);
@@ -131,12 +131,12 @@ __device__ __forceinline__ void find_factors(const Combination& c) {
 }
 
 // Sums the CTA's units. All that they need is on the way to shared memory while the factors are
-// found. The loops are rolled: code that runs once takes longest to fetch.
+// found. Loops are hardly unrolled: code that runs once takes longest to fetch.
 template <typename T, typename Partial>
 __device__ __forceinline__ void combine_units(const Combination& c) {
   using Format = PartialFormat<Partial>;
   constexpr int kPairs = Format::kPairs;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pieces = c.split.pieces;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pieces = c.pieces;
   const int team = c.units > 4 ? 1 : c.units > 2 ? 2 : c.units > 1 ? 4 : 8;  // warps of a unit
   const int member = warp % team, step = 8 / team;
   uint4* chunks = c.chunks();
@@ -145,11 +145,11 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
   for (int i = warp / team; i < c.units; i += step) {
     const int unit = c.first_unit + i, row_group = unit / c.row_group_units;
     const int chunk = unit - row_group * c.row_group_units;
-#pragma unroll 1
+#pragma unroll 4
     for (int s = member; s < pieces; s += team) {
-      ptx::copy_async_16(chunks + (i * pieces + s) * 32 + lane,
-                         partial_chunks<Partial>(c.args, c.slot_of(s)) + chunk * 128 +
-                             row_group * 32 + lane);
+      ptx::copy_async_16(
+          chunks + (i * pieces + s) * 32 + lane,
+          partial_chunks(c.args, c.slot_of(s)) + chunk * 128 + row_group * 32 + lane);
     }
   }
   find_factors(c);
@@ -163,7 +163,7 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
     const int half = chunk / kChunks<Partial>, row = 16 * row_group + lane / 4;
     float2 sum[kPairs] = {};
     if (i < c.units) {
-#pragma unroll 2
+#pragma unroll 4
       for (int s = member; s < pieces; s += team) {
         const uint4 v = chunks[(i * pieces + s) * 32 + lane];
         const uint32_t packed[4] = {v.x, v.y, v.z, v.w};
@@ -209,41 +209,76 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
   } while (i < c.units);
 }
 
+// Gives share `share` of `shares` its units.
+__device__ __forceinline__ void take_units(Combination& c, bool half, int share, int shares) {
+  c.row_group_units = 2 * (half ? kChunks<__half> : kChunks<float>);
+  const int all = (c.rows + 15) / 16 * c.row_group_units;
+  const int most = Divisor(shares).ceil(all);
+  c.first_unit = share * most;
+  c.units = min(most, all - c.first_unit);
+  c.first_row_group = c.first_unit / c.row_group_units;
+  c.row_groups = (c.first_unit + c.units - 1) / c.row_group_units - c.first_row_group + 1;
+}
+
 // Waits for all pieces and combines this part's share; called by all consumers.
 template <typename T>
 __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& place, int seq,
                                         const Split& split, void* scratch) {
-  const int rows = place.end_row - place.first_row;
-  const bool low = rows < kMinHalfRows;
+  const int rows = place.end_row - place.first_row, cta = place.peer(split.first_part);
   Combination c = {args,
                    *static_cast<CombineScratch*>(scratch),
-                   split,
+                   split.pieces,
                    seq,
                    place.kv_head,
                    place.first_row,
                    rows,
-                   partial_slot(place.peer(split.first_part), false),
+                   partial_slot(cta, true),
+                   partial_slot(cta + place.groups, false),
                    2 * place.groups};
-  c.row_group_units = 2 * (low ? kChunks<float> : kChunks<__half>);
-  const int all_units = (rows + 15) / 16 * c.row_group_units;
-  const int most = Divisor(split.helpers).ceil(all_units);
-  c.first_unit = (place.part - split.first_part) * most;
-  c.units = min(most, all_units - c.first_unit);
-  c.first_row_group = c.first_unit / c.row_group_units;
-  c.row_groups = (c.first_unit + c.units - 1) / c.row_group_units - c.first_row_group + 1;
-
+  const bool half = is_half(args, rows);
+  take_units(c, half, place.part - split.first_part, split.helpers);
   if (c.units <= 0) return;
   if (threadIdx.x == 0) {
-    const uint32_t* counter = args.counters + place.peer(split.first_part);
-    while (ptx::acquire_load(counter) < static_cast<uint32_t>(split.pieces)) {
+    while (ptx::acquire_load(args.counters + cta) < static_cast<uint32_t>(split.pieces)) {
     }
   }
   ptx::named_barrier_sync(kConsumers, kConsumerThreads);
-  if (low) {
-    combine_units<T, float>(c);
-  } else {
+  if (half) {
     combine_units<T, __half>(c);
+  } else {
+    combine_units<T, float>(c);
   }
+}
+
+// Combines what batch-invariant decode has cut; kFixedShares CTAs for each sequence and tile.
+inline constexpr int kFixedShares = 16;
+inline constexpr int kFixedCombineBytes =  // at most 8 units, of one row group
+    sizeof(CombineScratch) + 16 * (kFixedPieces | 1) * 16 + 8 * kFixedPieces * 512;
+
+template <typename T>
+__global__ void __launch_bounds__(kConsumerThreads)
+    combine_kernel(const __grid_constant__ DecodeArgs args) {
+  extern __shared__ __align__(16) uint8_t scratch[];
+  const int tile_of_seq = blockIdx.x / kFixedShares, seq = tile_of_seq / args.grids[0].groups;
+  const int group = tile_of_seq - seq * args.grids[0].groups;
+  const int blocks =
+      sequence_blocks(sequence_tokens(args.seqlens, seq, args.max_pages_per_seq * args.page_size));
+  const int size = fixed_piece_blocks(blocks), pieces = (blocks + size - 1) / size;
+  if (pieces == 1) return;
+  const Place place = Place::of_group(args, 0, group);
+  const int slot = seq * args.fixed_pieces * place.groups + group;
+  Combination c = {args,
+                   *reinterpret_cast<CombineScratch*>(scratch),
+                   pieces,
+                   seq,
+                   place.kv_head,
+                   place.first_row,
+                   place.end_row - place.first_row,
+                   slot,
+                   slot + place.groups,
+                   place.groups};
+  take_units(c, true, blockIdx.x % kFixedShares, kFixedShares);
+  if (c.units > 0) combine_units<T, __half>(c);
 }
 
 }  // namespace mla

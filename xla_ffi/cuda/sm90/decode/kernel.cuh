@@ -371,6 +371,7 @@ struct Decode {
                                  int half) {
     uint32_t uses = 0;  // of this warpgroup's block buffer
     const Part& part = shared.part;
+    const bool fixed = args.fixed_pieces > 0;
     Split split = {0, 0, 0};  // of the item at hand
     for_each_item(args, part, [&](const Item& item) {
       const Rows rows = rows_of(args, place, item);
@@ -403,17 +404,19 @@ struct Decode {
         store_output(args, place, item, rows, half, output, max, sum);
         return;
       }
+      const int slot = fixed ? blockIdx.x : partial_slot(blockIdx.x, item.begin == 0);
+      const int tile_rows = place.end_row - place.first_row;
+      if (is_half(args, tile_rows)) {
+        store_partial<__half>(args, slot, half, tile_rows, output, max, sum);
+      } else {
+        store_partial<float>(args, slot, half, tile_rows, output, max, sum);
+      }
+      if (fixed) return;  // another kernel combines
+
       const bool last = item.seq == part.end_seq;
       split.first_part = last ? part.end_seq_first_part : part.begin_seq_first_part;
       split.pieces = (last ? part.end_seq_last_part : place.part) - split.first_part + 1;
       split.helpers = split.pieces - !part.one_sequence;
-      const int slot = partial_slot(blockIdx.x, item.begin == 0);
-      const int tile_rows = place.end_row - place.first_row;
-      if (tile_rows < kMinHalfRows) {
-        store_partial<float>(args, slot, half, tile_rows, output, max, sum);
-      } else {
-        store_partial<__half>(args, slot, half, tile_rows, output, max, sum);
-      }
       announce_partial(args.counters + place.peer(split.first_part), &shared.counters_clear);
     });
     // Whoever goes on to another sequence holds nobody up: only the last item is waited for.
@@ -440,8 +443,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::prefetch_tensor_map(&cache_maps.two);
       ptx::prefetch_tensor_map(&cache_maps.one);
     }
-    find_part(args.seqlens, args.b, args.max_pages_per_seq * args.page_size, blockIdx.x, args.grids,
-              &shared.part);
+    const int max_tokens = args.max_pages_per_seq * args.page_size;
+    if (args.fixed_pieces > 0) {
+      shared.part = fixed_part(args.seqlens, args.b, max_tokens,
+                               Divisor(args.grids[0].groups).floor(blockIdx.x), args.fixed_pieces);
+    } else {
+      find_part(args.seqlens, args.b, max_tokens, blockIdx.x, args.grids, &shared.part);
+    }
     if (threadIdx.x % 32 == 0) shared.place = Place::here(args, shared.part.height);
   } else if (threadIdx.x == 0) {
     ptx::mbarrier_init(&shared.query_full, 1);
@@ -459,7 +467,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (entry < entries) ptx::prefetch_l2(args.block_table + entry);
   }
   __syncthreads();
-  const Place& place = shared.place;
+  const Place place = shared.place;
 
   // 168 registers a thread at launch; the copiers' go to the others.
   if (warpgroup == 2) {
@@ -468,7 +476,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       Kernel::produce_cache(args, cache_maps, shared, place);
     } else if (threadIdx.x == 288) {
       Kernel::produce_queries(args, query_maps, shared, place);
-    } else if (threadIdx.x == 320 && args.grids[0].parts > 1) {
+    } else if (threadIdx.x == 320 && args.cooperative) {
       clear_counters(args, &shared.counters_clear);
     }
     __syncwarp();

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdint>
 
 #include "../../../mla.h"
 #include "kernel.cuh"
@@ -78,11 +79,20 @@ cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
   config.attrs = attributes;
-  if (args.grids[0].parts > 1) {  // pieces of a sequence wait for each other
+  if (args.cooperative) {
     attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
     attributes[config.numAttrs++].val.cooperative = 1;
   }
-  return cudaLaunchKernelEx(&config, kernel, args, query_maps, cache_maps);
+  error = cudaLaunchKernelEx(&config, kernel, args, query_maps, cache_maps);
+  if (error != cudaSuccess || args.fixed_pieces <= 1) return error;
+
+  error = cudaFuncSetAttribute(combine_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               kFixedCombineBytes);
+  if (error != cudaSuccess) return error;
+  combine_kernel<T>
+      <<<ctas / args.fixed_pieces * kFixedShares, kConsumerThreads, kFixedCombineBytes, stream>>>(
+          args);
+  return cudaGetLastError();
 }
 
 template <typename T>
@@ -91,15 +101,37 @@ cudaError_t dispatch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
   return p.d_k == 576 ? launch<T, 9>(p, args, ctas, stream) : launch<T, 8>(p, args, ctas, stream);
 }
 
-size_t partial_out_bytes(int num_sms) {
-  return size_t{2} * num_sms * kTileRows * kValueColumns * sizeof(float);
+// Where partial results go: how many, and the bytes of one.
+struct Slots {
+  int64_t count;
+  size_t bytes;
+  size_t size() const { return count * (bytes + kTileRows * sizeof(float4)); }
+};
+
+int64_t num_groups(int rows, int h_kv, int height) {
+  return (int64_t{rows} + height - 1) / height * h_kv;
+}
+
+int64_t max_tokens(const MlaDecodeParams& p) { return int64_t{p.max_pages_per_seq} * p.page_size; }
+
+// The most pieces of one sequence in batch-invariant decode.
+int most_pieces(const MlaDecodeParams& p) {
+  return most_fixed_pieces(static_cast<int>((max_tokens(p) + kBlockTokens - 1) / kBlockTokens));
+}
+
+Slots slots_of(const MlaDecodeParams& p, int num_sms) {
+  if (!p.batch_invariant) {
+    return {int64_t{2} * num_sms, kTileRows * kValueColumns * sizeof(float)};
+  }
+  const int64_t groups = num_groups(p.s_q * (p.h_q / p.h_kv), p.h_kv, kTileRows);
+  return {p.b * groups * most_pieces(p), kTileRows * kValueColumns * sizeof(__half)};
 }
 
 }  // namespace
 }  // namespace mla
 
-extern "C" size_t mla_sm90_decode_workspace_bytes(int num_sms) {
-  return mla::partial_out_bytes(num_sms) + size_t{2} * num_sms * mla::kTileRows * sizeof(float4);
+extern "C" size_t mla_sm90_decode_workspace_bytes(const MlaDecodeParams* params, int num_sms) {
+  return mla::slots_of(*params, num_sms).size();
 }
 
 extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
@@ -111,8 +143,8 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
     return cudaErrorInvalidValue;
   }
   if (p.num_pages < 1) return cudaErrorInvalidValue;
-  if (int64_t{p.max_pages_per_seq} * p.page_size > MLA_SM90_MAX_SEQUENCE_TOKENS ||
-      int64_t{p.max_pages_per_seq} * p.page_size * p.b > MLA_SM90_MAX_BATCH_TOKENS) {
+  if (max_tokens(p) > MLA_SM90_MAX_SEQUENCE_TOKENS ||
+      max_tokens(p) * p.b > MLA_SM90_MAX_BATCH_TOKENS) {
     return cudaErrorInvalidValue;
   }
   if (p.b == 0 || p.s_q == 0 || p.h_q == 0) return cudaSuccess;
@@ -128,9 +160,6 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
   args.seqlens = p.cache_seqlens;
   args.out = p.out;
   args.lse = p.lse;
-  args.partial_out = static_cast<uint4*>(p.workspace);
-  args.partial_stats =
-      reinterpret_cast<float4*>(static_cast<char*>(p.workspace) + partial_out_bytes(num_sms));
   args.counters = p.counters;
   args.b = p.b;
   args.s_q = p.s_q;
@@ -144,15 +173,31 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
   args.scale_log2 = p.softmax_scale * 1.4426950408889634f;
   args.causal = p.causal != 0;
 
-  // With more tiles than multiprocessors nothing is split, and all tiles are high.
-  int ctas = std::min(num_sms, kMaxParts);
-  for (int i = 0; i < kTileHeights; ++i) {
-    const int height = tile_height(i);
-    const int64_t groups = (int64_t{args.rows} + height - 1) / height * p.h_kv;
-    if (i == 0) ctas = std::max<int64_t>(ctas, groups);
-    args.grids[i] = groups <= ctas ? Grid{static_cast<int>(groups), ctas / static_cast<int>(groups)}
-                                   : args.grids[i - 1];
+  const Slots slots = slots_of(p, num_sms);
+  int64_t ctas;
+  if (p.batch_invariant) {
+    ctas = slots.count;  // one for each piece that there may be
+    if (ctas > INT32_MAX / kFixedShares) return cudaErrorInvalidValue;
+    args.fixed_pieces = most_pieces(p);
+    args.cooperative = false;
+    const int groups = static_cast<int>(num_groups(args.rows, p.h_kv, kTileRows));
+    for (Grid& grid : args.grids) grid = {groups, 1};
+  } else {
+    // With more tiles than multiprocessors nothing is split, and all tiles are high.
+    ctas = std::min(num_sms, kMaxParts);
+    for (int i = 0; i < kTileHeights; ++i) {
+      const int64_t groups = num_groups(args.rows, p.h_kv, tile_height(i));
+      if (i == 0) ctas = std::max(ctas, groups);
+      args.grids[i] = groups <= ctas
+                          ? Grid{static_cast<int>(groups), static_cast<int>(ctas / groups)}
+                          : args.grids[i - 1];
+    }
+    args.fixed_pieces = 0;
+    args.cooperative = args.grids[0].parts > 1;
   }
+  args.slot_chunks = slots.bytes / sizeof(uint4);
+  args.partial_out = static_cast<uint4*>(p.workspace);
+  args.partial_stats = reinterpret_cast<float4*>(args.partial_out + slots.count * args.slot_chunks);
   return p.dtype == MLA_BF16
              ? dispatch<__nv_bfloat16>(p, args, ctas, static_cast<cudaStream_t>(stream))
              : dispatch<__half>(p, args, ctas, static_cast<cudaStream_t>(stream));

@@ -30,13 +30,16 @@ struct DecodeArgs {
   float* lse;
   uint4* partial_out;  // partial results of split sequences, see partial.cuh
   float4* partial_stats;
-  uint32_t* counters;     // [CTAs], garbage until counters_clear
+  int64_t slot_chunks;  // from one partial result to the next in partial_out
+  uint32_t* counters;   // [CTAs], garbage until counters_clear
   int b, s_q, h_q, h_kv;
   int heads_per_kv;           // G = h_q / h_kv
   int rows;                   // s_q * G
   int page_size, page_shift;  // a power of two, and its log2
   int max_pages_per_seq;
   Grid grids[kTileHeights];
+  int fixed_pieces;  // batch-invariant: the most pieces of a sequence; else 0
+  bool cooperative;  // pieces of a sequence wait for each other
   float scale_log2;  // softmax_scale * log2(e)
   bool causal;
 };
@@ -47,11 +50,14 @@ struct Place {
   int first_row, end_row;  // of the packed query rows
 
   __device__ __forceinline__ static Place here(const DecodeArgs& args, int height) {
-    const int groups = args.grids[height].groups;
-    const int part = Divisor(groups).floor(blockIdx.x), group = blockIdx.x - part * groups;
-    const int tile = Divisor(args.h_kv).floor(group);
-    const int first_row = tile * tile_height(height);
-    return {groups, part, group - tile * args.h_kv, first_row,
+    const int groups = args.grids[height].groups, part = Divisor(groups).floor(blockIdx.x);
+    Place place = of_group(args, height, blockIdx.x - part * groups);
+    place.part = part;
+    return place;
+  }
+  __device__ __forceinline__ static Place of_group(const DecodeArgs& args, int height, int group) {
+    const int tile = Divisor(args.h_kv).floor(group), first_row = tile * tile_height(height);
+    return {args.grids[height].groups, 0, group - tile * args.h_kv, first_row,
             min(first_row + tile_height(height), args.rows)};
   }
   // The CTA that does for `other_part` what this one does for its own.
@@ -72,7 +78,7 @@ struct Shared {
   uint64_t cache_empty[2][2];  // [buffer][half of the value columns]
   float max[2][kTileRows];     // the running maxima after the last block of [buffer]
   float sum[2][2][kTileRows];  // [item parity][warpgroup]
-  uint64_t counters_clear;  // completes when the counters of the whole grid are zero
+  uint64_t counters_clear;     // completes when the counters of the whole grid are zero
   Part part;
   Place place;
 };

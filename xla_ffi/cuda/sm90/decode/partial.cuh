@@ -16,11 +16,13 @@
 
 namespace mla {
 
-// Rows of a tile from which on partial results are fp16.
-inline constexpr int kMinHalfRows = 33;
+// Whether the partial results of a tile of `rows` rows are fp16.
+__device__ __forceinline__ bool is_half(const DecodeArgs& args, int rows) {
+  return rows > 32 || args.fixed_pieces > 0;
+}
 
-// A partial result holds at most two pieces of split sequences: the end of one begun before it
-// (slot 0) and the beginning of one that goes on after it (slot 1).
+// A part holds at most two pieces of split sequences: the end of one begun before it (slot 0) and
+// the beginning of one that goes on after it (slot 1).
 __device__ __forceinline__ int partial_slot(int cta, bool holds_first_block) {
   return 2 * cta + holds_first_block;
 }
@@ -77,10 +79,9 @@ struct PartialFormat<__half> {
 template <typename Partial>
 inline constexpr int kChunks = 64 / PartialFormat<Partial>::kPairs;
 
-// Where piece results lie; [slot] is that of `partial_slot`, chunks of the left half come first.
-template <typename Partial>
+// Where partial results lie; chunks of the left half come first.
 __device__ __forceinline__ uint4* partial_chunks(const DecodeArgs& args, int slot) {
-  return args.partial_out + int64_t{slot} * (2 * kChunks<float> * 128);
+  return args.partial_out + slot * args.slot_chunks;
 }
 // (max in log2 units, sum) of the left half's scale and of the right half's.
 __device__ __forceinline__ float4* partial_stats(const DecodeArgs& args, int slot, int row) {
@@ -105,7 +106,7 @@ __device__ __forceinline__ void store_partial(const DecodeArgs& args, int slot, 
              make_float2(max.v[e] + exponent, sum.v[e] * scale[e]));
     }
   }
-  uint4* dst = partial_chunks<Partial>(args, slot) + half * kChunks<Partial> * 128 + thread;
+  uint4* dst = partial_chunks(args, slot) + half * kChunks<Partial> * 128 + thread;
 #pragma unroll
   for (int i = 0; i < kChunks<Partial>; ++i) {
     __stcg(dst + i * 128, Format::pack(output + i * 2 * Format::kPairs, scale));

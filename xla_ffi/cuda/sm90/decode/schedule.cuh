@@ -22,8 +22,8 @@
 namespace mla {
 
 inline constexpr int kBlockTokens = 64;
-// The most parts of a schedule: no Hopper GPU has more multiprocessors, and the pieces of a sequence
-// that many CTAs can combine are bounded by their shared memory.
+// The most parts of a schedule: no Hopper GPU has more multiprocessors, and the pieces of a
+// sequence that many CTAs can combine are bounded by their shared memory.
 inline constexpr int kMaxParts = 132;
 
 // The heights of row tiles to choose from. A low one leaves tensor cores idle, and costs less when
@@ -83,6 +83,29 @@ __device__ __forceinline__ int warp_sum(int v) { return __reduce_add_sync(0xFFFF
 inline constexpr int kSequenceOverhead = 3;
 // Blocks that combining a tile of 64 rows costs.
 inline constexpr int kCombineOverhead = 4;
+
+// Batch-invariant decode cuts a sequence by its own length alone: pieces of 8 blocks or more, 16
+// pieces at most. Each is the part of one CTA, and a second kernel combines them.
+inline constexpr int kFixedPieces = 16;
+__host__ __device__ __forceinline__ int fixed_piece_blocks(int blocks) {
+  const int size = (blocks + kFixedPieces - 1) / kFixedPieces;
+  return size > 8 ? size : 8;
+}
+// The most pieces of a sequence of at most `blocks` blocks.
+__host__ __device__ __forceinline__ int most_fixed_pieces(int blocks) {
+  const int pieces = (blocks + 7) / 8;
+  return pieces < kFixedPieces ? pieces : kFixedPieces;
+}
+
+// The part that is piece `index % pieces` of sequence `index / pieces`, if there is such a piece.
+__device__ inline Part fixed_part(const int32_t* seqlens, int b, int max_tokens, int index,
+                                  int pieces) {
+  const int seq = index / pieces,
+            blocks = sequence_blocks(sequence_tokens(seqlens, seq, max_tokens));
+  const int size = fixed_piece_blocks(blocks), begin = (index - seq * pieces) * size;
+  if (begin >= blocks) return Part{0, b, 0, -1, 0, 0, 0, 0, true};
+  return Part{0, seq, begin, seq, min(begin + size, blocks), 0, 0, 0, true};
+}
 
 // Finds the part of the `cta`-th CTA; called by one whole warp, the result is in `*result` (shared
 // memory).
