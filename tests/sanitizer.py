@@ -1,6 +1,6 @@
 # Copyright 2026 The mla-jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Small calls of every template of the Hopper kernel, for compute-sanitizer; needs nvcc and a GPU.
+r"""Small calls of every template of the Hopper kernel, for compute-sanitizer; needs nvcc and a GPU.
 
     for tool in memcheck racecheck initcheck synccheck; do
         compute-sanitizer --tool $tool --error-exitcode 1 python tests/sanitizer.py LIBRARY
@@ -8,7 +8,7 @@
 
 LIBRARY is the kernel alone, without XLA:
 
-    nvcc -O3 -std=c++17 -arch=sm_90a -shared -Xcompiler -fPIC -o LIBRARY \\
+    nvcc -O3 -std=c++17 -arch=sm_90a -shared -Xcompiler -fPIC -o LIBRARY \
         xla_ffi/cuda/sm90/decode/launch.cu
 
 racecheck reports what named barriers order in this kernel: the maxima and sums that one warpgroup
@@ -23,9 +23,9 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from reference import Problem, assert_close, attend, problem  # noqa: E402
+import jax.numpy as jnp
+import numpy as np
+from reference import Problem, assert_close, attend, problem
 
 _POINTERS = "q k_cache block_table cache_seqlens out lse workspace counters".split()
 _SIZES = "b s_q h_q h_kv d_k d_v num_pages page_size max_pages_per_seq".split()
@@ -34,7 +34,7 @@ _SIZES = "b s_q h_q h_kv d_k d_v num_pages page_size max_pages_per_seq".split()
 class Params(ctypes.Structure):
     """MlaDecodeParams of xla_ffi/mla.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int32) for name in _SIZES),
         ("softmax_scale", ctypes.c_float),

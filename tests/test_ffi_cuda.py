@@ -233,7 +233,8 @@ def test_handler_refuses(checks, change, message):
     def call(**call):
         call["workspace"] = call["workspace"]()
         results = tuple(call.pop(name) for name in ("out", "lse", "workspace"))
-        attributes = {name: call.pop(name) for name in ("softmax_scale", "causal", "batch_invariant")}
+        names = ("softmax_scale", "causal", "batch_invariant")
+        attributes = {name: call.pop(name) for name in names}
         arrays = [jnp.zeros(x.shape, x.dtype) for x in call.values()]
         jax.block_until_ready(
             jax.ffi.ffi_call("mla_jax_check_cuda", results)(*arrays, **attributes)
