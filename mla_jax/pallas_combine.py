@@ -162,7 +162,7 @@ def _combine_body(
 
             def store(state: Any) -> None:
                 top, total, acc = state
-                seen = total > 0
+                seen = total != 0  # NaN was seen
                 total = jnp.where(seen, total, 1.0)
                 target = seq * h_kv + kv_head
                 out[target, row] = (acc / total).astype(out.dtype)

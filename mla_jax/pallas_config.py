@@ -80,3 +80,8 @@ class Config:
     def tiles(self) -> int:
         """Tiles of 64 rows."""
         return -(-self.rows // TILE)
+
+    @property
+    def lse_rows(self) -> int:
+        """Rows of a log sum: whole tiles, as a copy past the end of a vector writes the next."""
+        return self.tiles * self.tile_rows

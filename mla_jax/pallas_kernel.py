@@ -82,9 +82,9 @@ def decode(
         config: the kernel's.
 
     Returns:
-        out `[b * h_kv, rows, d_v]` in q's dtype and lse `[b * h_kv, rows]`, of sequences that are
-        not split; partial outputs `[num_slots * h_kv, rows, d_v]` float32, normalised, and their
-        lse `[num_slots * h_kv, rows]`, -inf where nothing was seen, of those that are.
+        out `[b * h_kv, rows, d_v]` in q's dtype and lse `[b * h_kv, lse_rows]`, of sequences that
+        are not split; partial outputs `[num_slots * h_kv, rows, d_v]` float32, normalised, and
+        their lse `[num_slots * h_kv, lse_rows]`, -inf where nothing was seen, of those that are.
     """
     b = seqlens.shape[0]
     h_kv = k_cache.shape[2] // config.d_k
@@ -95,9 +95,9 @@ def decode(
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     out_type = (
         jax.ShapeDtypeStruct((b * h_kv, config.rows, config.d_v), dtype),
-        f32((b * h_kv, config.rows)),
+        f32((b * h_kv, config.lse_rows)),
         f32((slots * h_kv, config.rows, config.d_v)),
-        f32((slots * h_kv, config.rows)),
+        f32((slots * h_kv, config.lse_rows)),
     )
     vector = plgpu.SMEM((2, TILE), jnp.float32)
     narrow = (2, BLOCK, rope)
@@ -468,7 +468,7 @@ def _decode_body(
         plgpu.barrier_arrive(drained.at[h])
         plgpu.barrier_wait(drained.at[h])
         total = _row_vector(sums.at[slot])
-        seen = total > 0
+        seen = total != 0  # NaN was seen
         total = jnp.where(seen, total, 1.0)
         log_sum = jnp.where(seen, _row_vector(maxima.at[slot]) * math.log(2) + jnp.log(total), 0.0)
         inverse = jnp.where(seen, 1.0 / total, 0.0)

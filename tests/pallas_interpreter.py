@@ -43,6 +43,7 @@ class Case(NamedTuple):
     problem: Mapping[str, Any] = MappingProxyType({})
     options: Mapping[str, Any] = MappingProxyType({})
     bad_pages: Sequence[tuple[int, int, int]] = ()  # sequence, entry, id
+    nan: tuple[int, int] | None = None  # sequence, used token
 
 
 CASES = {
@@ -50,8 +51,8 @@ CASES = {
     "whole": Case(
         [70, 0, 128], {"d_k": 512, "page_size": 128, "dtype": jnp.float16}, {"num_sms": 1}
     ),
-    # Cut into parts of few blocks; several warpgroups combine a row.
-    "split": Case([300, 10], {"h_q": 3}, {"num_sms": 4}),
+    # Cut into parts of few blocks; several warpgroups combine a row; a NaN that counts.
+    "split": Case([300, 10, 200], {"h_q": 3}, {"num_sms": 6}, nan=(2, 150)),
     # Two tiles of rows; queries that see nothing; page ids outside the pool.
     "causal": Case([100, 2, 1], {"s_q": 2, "h_q": 35}, {"causal": True}, [(0, 1, -1), (1, 0, 99)]),
     # A schedule from outside.
@@ -133,12 +134,34 @@ def track_products() -> None:
     gpu_callbacks.wgmma = wgmma
 
 
+def refuse_vectors_past_the_end() -> None:
+    """Makes the interpreter fail where a vector is stored past the end of its row.
+
+    It drops what is outside, as the hardware does for tiles; but Mosaic-GPU stores a contiguous
+    window as plain bytes, which go on in the next row.
+    """
+    clip = gpu_callbacks._clip_store_to_shape
+
+    def check(access: Any, value: np.ndarray, shape: tuple[int, ...]) -> Any:
+        clipped = clip(access, value, shape)
+        is_vector = max(value.shape) == value.size
+        if is_vector and (clipped is None or clipped[1].shape != value.shape):
+            raise ValueError(f"a vector {value.shape} is stored past the end of {shape}")
+        return clipped
+
+    gpu_callbacks._clip_store_to_shape = check
+
+
 def run(case: Case) -> None:
     """Runs a case and compares it with the oracle."""
     options = {"causal": False, "batch_invariant": False, "num_sms": 2} | dict(case.options)
     p = problem(case.lengths, **case.problem)
     for sequence, entry, page in case.bad_pages:
         p.block_table[sequence, entry] = page
+    if case.nan is not None:
+        sequence, token = case.nan
+        page, slot = divmod(token, p.k_cache.shape[1])
+        p.k_cache[p.block_table[sequence, page], slot] = np.nan
     schedule: tuple[Any, ...] = ()
     pallas_combine._FEW_SEQUENCES = options.pop("few", 8)
     if options.pop("given", False):
@@ -154,7 +177,12 @@ def run(case: Case) -> None:
         interpret=plgpu.InterpretGPUParams(detect_races=True),
         **options,
     )
-    assert_close(jax.tree.map(np.asarray, got), attend(p, causal=options["causal"]))
+    got = jax.tree.map(np.asarray, got)
+    if case.nan is not None:
+        assert all(np.isnan(x[sequence].astype(np.float32)).all() for x in got)
+        keep = np.arange(len(case.lengths)) != sequence
+        got, p = tuple(x[keep] for x in got), p.rows(keep)
+    assert_close(got, attend(p, causal=options["causal"]))
     assert not gpu_callbacks.get_races().races_found
 
 
@@ -176,6 +204,7 @@ def make_mistake(changes: dict[str, str]) -> None:
 if __name__ == "__main__":
     pallas._INVARIANT_BLOCKS = 2
     track_products()
+    refuse_vectors_past_the_end()
     if sys.argv[1] == "--mistake":
         make_mistake(MISTAKES[sys.argv[2]])
         run(Case([200, 130], options={"num_sms": 1}))
