@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.pallas_config import Config
+from mla_jax.pallas_schedule import Schedule
 
 Ref = Any
 
@@ -29,8 +30,8 @@ def combine(
     lse: jax.Array,
     partial_out: jax.Array,
     partial_lse: jax.Array,
-    metadata: jax.Array,
-    num_splits: jax.Array,
+    schedule: Schedule,
+    h_kv: int,
     config: Config,
 ) -> tuple[jax.Array, jax.Array]:
     """Combines the results of the splits of each sequence that has several, in place.
@@ -40,15 +41,14 @@ def combine(
         lse: likewise.
         partial_out: likewise.
         partial_lse: likewise.
-        metadata: the schedule that `decode` ran over.
-        num_splits: likewise.
-        config: likewise.
+        schedule: that `decode` ran over.
+        h_kv: KV heads.
+        config: that of `decode`.
 
     Returns:
         out and lse, those of split sequences filled in; lse is +inf where nothing was seen.
     """
-    b, parts = num_splits.shape[0] - 1, metadata.shape[0]
-    h_kv = out.shape[0] // b
+    b, parts = out.shape[0] // h_kv, schedule.parts
     if parts == 1:  # no sequence can be split
         return out, lse
     # A split sequence is found by itself, or by the part that holds its last split: the fewer.
@@ -77,14 +77,14 @@ def combine(
         interpret=config.interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    kernel(partial_out, partial_lse, metadata, num_splits, *refs)
+    kernel(partial_out, partial_lse, schedule.cuts, schedule.num_splits, *refs)
     return jax.freeze(refs[0]), jax.freeze(refs[1])
 
 
 def _combine_body(
     partial_out: Ref,
     partial_lse: Ref,
-    metadata: Ref,
+    cuts: Ref,
     num_splits: Ref,
     out: Ref,
     lse: Ref,
@@ -105,12 +105,13 @@ def _combine_body(
     warpgroups = tops.shape[0]
     slots = partial_out.shape[0] // h_kv
     layout = plgpu.Layout.WG_STRIDED((config.d_v,), config.d_v // 128)
-    seq = group if by_seq else jnp.clip(metadata[group, 0], 0, num_splits.shape[0] - 2)
+    b = out.shape[0] // h_kv
+    seq = group if by_seq else jnp.clip(cuts[0, group], 0, b - 1)
     first = num_splits[seq]
     count = num_splits[seq + 1] - first
     mine = count > 1
     if not by_seq:
-        mine = jnp.logical_and(mine, metadata[group, 4] == count - 1)
+        mine = jnp.logical_and(mine, cuts[2, group] == count - 1)
 
     def splat(x: Any) -> jax.Array:
         return plgpu.layout_cast(lax.broadcast_in_dim(jnp.float32(x), (config.d_v,), ()), layout)

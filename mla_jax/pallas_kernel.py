@@ -31,6 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.pallas_config import Config
+from mla_jax.pallas_schedule import Schedule
 from mla_jax.schedule import BLOCK, TILE
 
 Ref = Any
@@ -66,8 +67,7 @@ def decode(
     k_cache: jax.Array,
     block_table: jax.Array,
     seqlens: jax.Array,
-    metadata: jax.Array,
-    num_splits: jax.Array,
+    schedule: Schedule,
     config: Config,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Runs the decode kernel over a schedule.
@@ -77,8 +77,7 @@ def decode(
         k_cache: `[num_pages, page_size, h_kv * d_k]`.
         block_table: `[b, max_pages_per_seq]` int32.
         seqlens: `[b]` int32, clamped to the table's capacity.
-        metadata: `[num_parts, 8]` int32 of `get_mla_metadata`.
-        num_splits: `[b + 1]` int32.
+        schedule: the division of the blocks among CTAs.
         config: the kernel's.
 
     Returns:
@@ -88,7 +87,7 @@ def decode(
     """
     b = seqlens.shape[0]
     h_kv = k_cache.shape[2] // config.d_k
-    parts = metadata.shape[0]
+    parts = schedule.parts
     groups = config.tiles * h_kv  # CTAs that share a part of the schedule
     half, rope, dtype = config.half, config.rope, q.dtype
     slots = b + parts if parts > 1 else 1  # one part splits nothing
@@ -146,7 +145,7 @@ def decode(
             approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True
         ),
     )
-    return kernel(q, k_cache, block_table, seqlens, metadata, num_splits)
+    return kernel(q, k_cache, block_table, seqlens, schedule.cuts, schedule.num_splits)
 
 
 def _row_vector(ref: Ref) -> jax.Array:
@@ -162,7 +161,7 @@ def _decode_body(
     k_cache: Ref,
     block_table: Ref,
     seqlens: Ref,
-    metadata: Ref,
+    cuts: Ref,
     num_splits: Ref,
     out: Ref,
     lse: Ref,
@@ -207,9 +206,9 @@ def _decode_body(
 
     def for_each_item(body: Any) -> jax.Array:
         """Calls `body(g, item)` for the items of this part; returns the number of their blocks."""
-        begin_seq = jnp.maximum(metadata[part, 0], 0)
-        begin_block, end_block = metadata[part, 1], metadata[part, 3]
-        end_seq = metadata[part, 2]
+        begin_seq, end_seq = jnp.maximum(cuts[0, part], 0), cuts[0, part + 1]
+        begin_block, end_block = cuts[1, part], cuts[1, part + 1]
+        first = cuts[2, part]
         last_seq = jnp.minimum(jnp.where(end_block > 0, end_seq, end_seq - 1), b - 1)
 
         def step(seq: jax.Array, g: jax.Array) -> jax.Array:
@@ -217,7 +216,7 @@ def _decode_body(
             blocks = lax.div(length + (BLOCK - 1), jnp.int32(BLOCK))
             begin = jnp.clip(jnp.where(seq == begin_seq, begin_block, 0), 0, blocks)
             end = jnp.where(seq == end_seq, jnp.minimum(end_block, blocks), blocks)
-            split = jnp.where(seq == begin_seq, metadata[part, 4], 0)
+            split = jnp.where(seq == begin_seq, first, 0)
             first_split = num_splits[seq]
             n = jnp.maximum(end - begin, 1)
             whole = num_splits[seq + 1] - first_split == 1

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs implementation "pallas" in Pallas' interpreter, with race detection, on small problems.
 
-Run: python tests/pallas_interpreter.py CASE [CASE ...] or --mistake NAME
+Run: python tests/pallas_interpreter.py CASE [CASE ...], or --mistake NAME, or --schedules
 
 A process of its own: the interpreter holds threads of XLA's pool while barriers are waited for (it
 hangs if there are too few), and a kernel that fails leaves it unusable. Prints what went wrong and
@@ -33,7 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from reference import assert_close, attend, problem
 
 import mla_jax
-from mla_jax import get_mla_metadata, pallas, pallas_combine
+from mla_jax import get_mla_metadata, pallas, pallas_combine, pallas_schedule
 
 
 class Case(NamedTuple):
@@ -186,6 +186,72 @@ def run(case: Case) -> None:
     assert not gpu_callbacks.get_races().races_found
 
 
+# --- Schedules ------------------------------------------------------------------------------------
+
+
+def walk(schedule: pallas_schedule.Schedule, seqlens: Any) -> list[list[tuple[int, int]]]:
+    """Follows a schedule as the decode kernel does; returns each sequence's blocks by split."""
+    cuts, num_splits = (np.asarray(x) for x in schedule[:2])
+    b = len(seqlens)
+    found: list[dict[int, tuple[int, int]]] = [{} for _ in range(b)]
+    for part in range(schedule.parts):
+        (begin_seq, begin, first), (end_seq, end, _) = cuts[:, part], cuts[:, part + 1]
+        for seq in range(begin_seq, min(end_seq if end > 0 else end_seq - 1, b - 1) + 1):
+            blocks = max(-(-int(seqlens[seq]) // 64), 1)
+            index = first if seq == begin_seq else 0
+            assert index not in found[seq]
+            found[seq][index] = (
+                int(begin) if seq == begin_seq else 0,
+                min(int(end), blocks) if seq == end_seq else blocks,
+            )
+    assert num_splits[0] == 0
+    for pieces, count in zip(found, np.diff(num_splits[: b + 1]), strict=True):
+        assert sorted(pieces) == list(range(count))
+    return [[pieces[i] for i in sorted(pieces)] for pieces in found]
+
+
+def assert_whole(pieces: list[list[tuple[int, int]]], seqlens: Any) -> None:
+    """Asserts that the splits of each sequence are all of its blocks, in order."""
+    for splits, length in zip(pieces, seqlens, strict=True):
+        edges = [0, *(past for _, past in splits)]
+        assert [first for first, _ in splits] == edges[:-1]
+        assert all(first < past for first, past in splits)
+        assert edges[-1] == max(-(-int(length) // 64), 1)
+
+
+def run_schedules() -> None:
+    """Asserts that balanced schedules take every block once and divide the work evenly."""
+    rng = np.random.default_rng(0)
+    capacity = 2**18
+    for parts, lengths, most in [
+        (1, [0, 100, 65], None),
+        (7, rng.integers(0, 200, 64), None),
+        (7, rng.integers(0, 20000, 5), None),
+        (132, [0], None),
+        (132, rng.integers(0, 20000, 150), None),
+        (132, [-5, 2**30, 64], None),  # clamped
+        (132, [65536], 8),
+        (132, [4096] * 128, 64),  # whole sequences
+        (66, [4096] * 128, 128),
+        (66, [8192] * 16, 32),  # four parts each
+        (132, [64 * (i + 1) for i in range(100)], 47),  # 5050 / 132 is 39
+    ]:
+        seqlens = np.asarray(lengths, np.int32)
+        options = (capacity, parts, plgpu.InterpretGPUParams(detect_races=True))
+        schedule = pallas_schedule.balanced_schedule(jnp.asarray(seqlens), *options)
+        seqlens = np.clip(seqlens, 0, capacity)
+        assert_whole(walk(schedule, seqlens), seqlens)
+        cuts, num_splits = (np.asarray(x) for x in schedule[:2])
+        assert num_splits[len(seqlens)] < len(seqlens) + parts  # there is room for the results
+        line = np.concatenate([[0], np.cumsum(np.maximum(-(-seqlens // 64), 1))])
+        work = np.diff(line[cuts[0, : parts + 1]] + cuts[1, : parts + 1])
+        assert most is None or work.max() <= most, work.max()
+    assert not gpu_callbacks.get_races().races_found
+
+
+# --- Mistakes -------------------------------------------------------------------------------------
+
+
 def make_mistake(changes: dict[str, str]) -> None:
     """Puts a changed copy of pallas_kernel in the place of the module."""
     spec = importlib.util.find_spec("mla_jax.pallas_kernel")
@@ -202,9 +268,12 @@ def make_mistake(changes: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    pallas._INVARIANT_BLOCKS = 2
+    pallas_schedule._INVARIANT_BLOCKS = 2
     track_products()
     refuse_vectors_past_the_end()
+    if sys.argv[1] == "--schedules":
+        run_schedules()
+        sys.exit()
     if sys.argv[1] == "--mistake":
         make_mistake(MISTAKES[sys.argv[2]])
         run(Case([200, 130], options={"num_sms": 1}))

@@ -53,6 +53,12 @@ def test_interpreted(case: str):
 
 
 @needs_new_jax
+def test_balanced_schedules():
+    done = interpret("--schedules")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_new_jax
 @pytest.mark.parametrize(
     "mistake",
     [  # some of them, for time: `python tests/pallas_interpreter.py --mistake NAME` makes any
@@ -107,86 +113,26 @@ def test_lowers_for_cuda(template):
     exported = jax.export.export(jax.jit(call), platforms=["cuda"])(*shapes)
     assert [x.shape for x in exported.out_avals] == [(b, s_q, h_q, d_v), (b, h_q, s_q)]
     calls = exported.mlir_module().count("@mosaic_gpu")
-    assert calls == (1 if h_q == 16384 else 2)  # decode and combine
+    assert calls == (2 if h_q == 16384 else 3)  # schedule, decode and combine
 
 
 # --- Schedules ------------------------------------------------------------------------------------
 
 
-def walk(metadata, num_splits, seqlens) -> list[list[tuple[int, int]]]:
-    """Follows a schedule as the kernel does; returns each sequence's blocks by split."""
-    metadata, num_splits = np.asarray(metadata), np.asarray(num_splits)
-    b = len(seqlens)
-    found = [dict() for _ in range(b)]
-    for begin_seq, begin, end_seq, end, split, *_ in metadata:
-        last = end_seq if end > 0 else end_seq - 1
-        for seq in range(begin_seq, min(last, b - 1) + 1):
-            blocks = max(-(-int(seqlens[seq]) // 64), 1)
-            first = begin if seq == begin_seq else 0
-            past = min(end, blocks) if seq == end_seq else blocks
-            index = split if seq == begin_seq else 0
-            assert index not in found[seq]
-            found[seq][index] = (int(first), int(past))
-    counts = num_splits[1:] - num_splits[:-1]
-    assert num_splits[0] == 0
-    for pieces, count in zip(found, counts, strict=True):
-        assert sorted(pieces) == list(range(count))
-    return [[pieces[i] for i in sorted(pieces)] for pieces in found]
-
-
-def assert_whole(pieces, seqlens) -> None:
-    for splits, length in zip(pieces, seqlens, strict=True):
-        edges = [0, *(past for _, past in splits)]
-        assert [first for first, _ in splits] == edges[:-1]
-        assert all(first < past for first, past in splits)
-        assert edges[-1] == max(-(-int(length) // 64), 1)
-
-
-@pytest.mark.parametrize("parts", [1, 7, 132])
-def test_balanced_schedule_takes_every_block_once(parts):
-    rng = np.random.default_rng(parts)
-    schedule = jax.jit(pallas.balanced_schedule, static_argnums=1)
-    batches = [[0], [1], [64], [65], [100000], [0] * 5, [64] * 5, [4096] * 150, [1024] * 150]
-    batches += [rng.integers(0, high, b) for high in (1, 200, 20000) for b in (1, 5, 150)]
-    for lengths in batches:
-        seqlens = np.asarray(lengths, np.int32)
-        metadata, num_splits = schedule(seqlens, parts)
-        assert metadata.shape == (parts, 8)
-        assert num_splits[-1] <= len(lengths) + parts - 1  # as many results as there is room for
-        pieces = walk(metadata, num_splits, seqlens)
-        assert_whole(pieces, seqlens)
-
-
-def test_balanced_schedule_balances():
-    schedule = jax.jit(pallas.balanced_schedule, static_argnums=1)
-
-    def most(lengths, parts):
-        seqlens = np.asarray(lengths, np.int32)
-        metadata = np.asarray(schedule(seqlens, parts)[0])
-        blocks = np.maximum(-(-seqlens // 64), 1)
-        work = []
-        for begin_seq, begin, end_seq, end, *_ in metadata:
-            line = np.concatenate([[0], np.cumsum(blocks)])
-            work.append(line[min(end_seq, len(blocks))] + end - line[min(begin_seq, len(blocks))])
-            work[-1] -= begin
-        return max(work), sum(work)
-
-    assert most([65536], 132) == (8, 1024)
-    assert most([4096] * 128, 132) == (64, 8192)  # whole sequences
-    assert most([4096] * 128, 66) == (128, 8192)
-    assert most([8192] * 16, 66) == (32, 2048)  # four parts each
-    largest, total = most([64 * (i + 1) for i in range(100)], 132)
-    assert largest <= 1.25 * total / 132
-
-
+@needs_new_jax
 def test_invariant_schedule_does_not_depend_on_the_batch():
-    chunk = pallas._INVARIANT_BLOCKS * 64
-    lengths = np.asarray([0, 1, chunk, chunk + 1, 5 * chunk - 3], np.int32)
-    pieces = walk(*pallas.invariant_schedule(lengths, 5 * chunk), lengths)
-    assert_whole(pieces, lengths)
-    assert [len(p) for p in pieces] == [1, 1, 1, 2, 5]
-    for i, length in enumerate(lengths):
-        alone = walk(*pallas.invariant_schedule(lengths[i : i + 1], 9 * chunk), [length])
+    from pallas_interpreter import assert_whole, walk
+
+    from mla_jax import pallas_schedule
+
+    chunk = pallas_schedule._INVARIANT_BLOCKS * 64
+    lengths = np.asarray([0, 1, chunk, chunk + 1, 5 * chunk - 3, 9 * chunk], np.int32)
+    clamped = np.minimum(lengths, 5 * chunk)
+    pieces = walk(pallas_schedule.invariant_schedule(lengths, 5 * chunk), clamped)
+    assert_whole(pieces, clamped)
+    assert [len(p) for p in pieces] == [1, 1, 1, 2, 5, 5]
+    for i, length in enumerate(lengths[:-1]):
+        alone = walk(pallas_schedule.invariant_schedule(lengths[i : i + 1], 9 * chunk), [length])
         assert alone == pieces[i : i + 1]
 
 
@@ -209,6 +155,7 @@ def reason(*, b=2, h_q=4, d_k=576, d_v=512, page_size=64, width=3, dtype=jnp.bfl
         ({"d_v": 128}, "head_dim_v: got 128, the kernels take 256 and 512"),
         ({"d_k": 544}, "q: got d_k 544, the kernels take head_dim_v or head_dim_v \\+ 64"),
         ({"page_size": 48}, "k_cache: got page_size 48, the kernels take 8, 16, 32, 64 and 128"),
+        ({"b": 2**15 + 1}, "q: got 32769 sequences, the kernels take 32768"),
         ({"width": 2**25}, "block_table: got 33554432 pages of 64 tokens .* take 2\\^30 tokens"),
     ],
 )
