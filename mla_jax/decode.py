@@ -19,9 +19,8 @@ from mla_jax.gradient import differentiable
 from mla_jax.partitioning import partitioned
 from mla_jax.schedule import METADATA_WIDTH
 
-# In order of preference. Each has `unsupported_reason` and `decode`. Pallas stands behind the plain
-# form, which takes everything, until its tests have passed on a GPU: for now it is there by name.
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"ffi": ffi, "xla": xla, "pallas": pallas}
+# In order of preference. Each has `unsupported_reason` and `decode`; the last takes everything.
+_IMPLEMENTATIONS: dict[str, ModuleType] = {"ffi": ffi, "pallas": pallas, "xla": xla}
 # What a program may be lowered for, wherever it is traced; "default" is any other platform.
 _PLATFORMS = ("cpu", "cuda", "default")
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)

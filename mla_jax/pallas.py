@@ -3,7 +3,9 @@
 """Implementation "pallas": the op as Mosaic-GPU kernels, for Hopper GPUs, with nothing to build.
 
 The kernels are in pallas_schedule.py, pallas_kernel.py and pallas_combine.py, imported when they
-are first needed: where they cannot run, nothing of Pallas is loaded.
+are first needed: where they cannot run, nothing of Pallas is loaded. A program exported with them
+needs `jax.experimental.pallas.mosaic_gpu` imported in the process that loads it, for JAX then tells
+XLA where its library for such kernels is.
 """
 
 import functools
@@ -51,6 +53,8 @@ def unsupported_reason(
 
 def kernel_reason(q: Any, k_cache: Any, block_table: Any, head_dim_v: int) -> str | None:
     """Says what the kernels do not take of inputs that are right for the op, or None."""
+    if not all(isinstance(n, int) for x in (q, k_cache, block_table) for n in x.shape):
+        return f"q: got symbolic shapes, such as {q.shape}, the kernels take numbers"
     d_k, page_size = q.shape[3], k_cache.shape[1]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"q: got dtype {q.dtype}, the kernels take bfloat16 and float16"

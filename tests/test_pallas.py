@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import mla_jax
-from mla_jax import pallas
+from mla_jax import decode, ffi, pallas
 from mla_jax.pallas_config import Config
 
 RUNS = jax.__version_info__ >= pallas._JAX_VERSION
@@ -188,19 +188,36 @@ def test_refused_places(monkeypatch):
     assert reason(platform="cuda") == "it needs jax 0.11 or newer, this is 0.10.2"
 
 
+def arguments(dtype=jnp.bfloat16):
+    shapes = [((2, 1, 4, 576), dtype), ((5, 64, 1, 576), dtype), ((2, 3), "int32"), ((2,), "int32")]
+    return (*(jax.ShapeDtypeStruct(*x) for x in shapes), 512)
+
+
+@needs_new_jax
+def test_chosen_on_a_gpu_where_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(pallas, "_device_reason", lambda: None)
+    monkeypatch.setattr(decode, "_default_platform", lambda: "cuda")
+    monkeypatch.setattr(ffi, "unsupported_reason", lambda **_: "no library")
+    found = mla_jax.explain(*arguments())
+    assert str(found) == "runs: pallas\nnot ffi: no library"
+    found = mla_jax.explain(*arguments(jnp.float32))
+    assert found.implementation == "xla"
+    assert list(found.reasons) == ["ffi", "pallas"]
+
+
+@needs_new_jax
+def test_symbolic_shapes_are_refused():
+    (b,) = jax.export.symbolic_shape("b")
+    refused = pallas.kernel_reason(
+        jax.ShapeDtypeStruct((b, 1, 4, 576), "bfloat16"), *arguments()[1:3], 512
+    )
+    assert refused == "q: got symbolic shapes, such as (b, 1, 4, 576), the kernels take numbers"
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="for CPUs")
 def test_a_cpu_process_does_not_choose_it():
-    shapes = [
-        jax.ShapeDtypeStruct(shape, dtype)
-        for shape, dtype in [
-            ((2, 1, 4, 576), jnp.bfloat16),
-            ((5, 64, 1, 576), jnp.bfloat16),
-            ((2, 3), jnp.int32),
-            ((2,), jnp.int32),
-        ]
-    ]
-    assert mla_jax.explain(*shapes, 512).implementation in ("ffi", "xla")
-    found = mla_jax.explain(*shapes, 512, implementation="pallas")
+    assert mla_jax.explain(*arguments()).implementation in ("ffi", "xla")
+    found = mla_jax.explain(*arguments(), implementation="pallas")
     assert found.implementation is None
     assert "not on cpu" in found.reasons["pallas"]
 
