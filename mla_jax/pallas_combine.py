@@ -22,6 +22,7 @@ Ref = Any
 
 # Up to so many sequences and KV heads may have many splits each.
 _FEW_SEQUENCES = 8
+_RESIDENT_WARPGROUPS = 528  # what runs at once: their registers let four on a multiprocessor
 _COMBINE_WARPGROUPS = 1056  # of the whole grid, at least: eight for each of 132 multiprocessors
 
 
@@ -53,8 +54,10 @@ def combine(
         return out, lse
     # A split sequence is found by itself, or by the part that holds its last split: the fewer.
     groups = min(b, parts)
-    # Few sequences may have many splits, which several warpgroups share.
+    # Few sequences may have many splits, which several warpgroups share, as far as all run at once.
     warpgroups = 4 if groups * h_kv <= _FEW_SEQUENCES else 1
+    while warpgroups > 1 and groups * h_kv * config.rows * warpgroups > _RESIDENT_WARPGROUPS:
+        warpgroups //= 2
     rows = config.rows
     while rows % 2 == 0 and groups * h_kv * config.rows // rows * warpgroups < _COMBINE_WARPGROUPS:
         rows //= 2
