@@ -52,7 +52,7 @@ CASES = {
         [70, 0, 128], {"d_k": 512, "page_size": 128, "dtype": jnp.float16}, {"num_sms": 1}
     ),
     # Cut into parts of few blocks; several warpgroups combine a row; a NaN that counts.
-    "split": Case([300, 10, 200], {"h_q": 3}, {"num_sms": 6}, nan=(2, 150)),
+    "split": Case([200, 10, 130], {"h_q": 3}, {"num_sms": 6}, nan=(2, 100)),
     # Two tiles of rows; queries that see nothing; page ids outside the pool.
     "causal": Case([100, 2, 1], {"s_q": 2, "h_q": 35}, {"causal": True}, [(0, 1, -1), (1, 0, 99)]),
     # A schedule from outside.
@@ -226,13 +226,10 @@ def run_schedules() -> None:
     for parts, lengths, most in [
         (1, [0, 100, 65], None),
         (7, rng.integers(0, 200, 64), None),
-        (7, rng.integers(0, 20000, 5), None),
-        (132, [0], None),
         (132, rng.integers(0, 20000, 150), None),
-        (132, [-5, 2**30, 64], None),  # clamped
+        (7, [-5, 2**30, 64], None),  # clamped
         (132, [65536], 8),
         (132, [4096] * 128, 64),  # whole sequences
-        (66, [4096] * 128, 128),
         (66, [8192] * 16, 32),  # four parts each
         (132, [64 * (i + 1) for i in range(100)], 47),  # 5050 / 132 is 39
     ]:
