@@ -131,6 +131,7 @@ def decode(
         causal: as there.
         batch_invariant: as there.
         platform: that of the caller's branch, where it has branches by platform; always "cuda".
+            The caller then gives neither a schedule nor what follows.
         num_sms: multiprocessors to schedule for; by default those of the default device.
         interpret: for tests: Pallas' parameters of interpretation.
 
@@ -138,9 +139,22 @@ def decode(
         out `[b, s_q, h_q, head_dim_v]` in q's dtype and lse `[b, h_q, s_q]` float32.
     """
     from mla_jax import pallas_combine, pallas_kernel, pallas_schedule
+    from mla_jax.pallas_lowering import on_cuda
 
-    del platform
     b, s_q, h_q, d_k = q.shape
+    if platform is not None:
+        shapes = (
+            jax.ShapeDtypeStruct((b, s_q, h_q, head_dim_v), q.dtype),
+            jax.ShapeDtypeStruct((b, h_q, s_q), jnp.float32),
+        )
+        call = functools.partial(
+            decode,
+            head_dim_v=head_dim_v,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            batch_invariant=batch_invariant,
+        )
+        return on_cuda(call, shapes, q, k_cache, block_table, cache_seqlens)  # type: ignore[return-value]
     num_pages, page_size, h_kv, _ = k_cache.shape
     group = h_q // h_kv
     if b == 0:

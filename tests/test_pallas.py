@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import assert_close, attend, problem
 
 import mla_jax
 from mla_jax import decode, ffi, pallas
@@ -203,6 +204,18 @@ def test_chosen_on_a_gpu_where_nothing_is_compiled(monkeypatch):
     found = mla_jax.explain(*arguments(jnp.float32))
     assert found.implementation == "xla"
     assert list(found.reasons) == ["ffi", "pallas"]
+
+
+@needs_new_jax
+def test_a_program_for_several_platforms(monkeypatch):
+    monkeypatch.setattr(pallas, "_device_reason", lambda: None)
+    monkeypatch.setattr(ffi, "unsupported_reason", lambda **_: "no library")
+    p = problem([70, 0, 3], s_q=2)
+    call = jax.jit(lambda *a: mla_jax.flash_mla_with_kvcache(*a, 512, causal=True))
+    exported = jax.export.export(call, platforms=("cpu", "cuda"))(*p.arrays())
+    assert exported.mlir_module().count("@mosaic_gpu") == 3
+    if jax.default_backend() == "cpu":  # there it is the plain form
+        assert_close(exported.call(*p.arrays()), attend(p, causal=True))
 
 
 @needs_new_jax
