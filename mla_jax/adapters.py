@@ -2,6 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The signatures of other JAX libraries' ragged MLA attention, on this library's op.
 
+| library | its function | here |
+| --- | --- | --- |
+| tpu-inference 0.32 | `kernels.mla.{v1,v2}.kernel.mla_ragged_paged_attention` | the same name |
+| tokamax (2026-08) | the op `MultiHeadLatentAttention` | `mla_ragged_paged_attention` |
+| ejkernel 0.0.80 | `multi_latent_ragged_page_attention` and its `_v2` | the same names |
+
 They append the new tokens to a packed cache and attend to it. In that cache a token's latent and
 its rotary key are each padded to a multiple of 128 channels, 512 + 128 for DeepSeek, which is not
 the width that the CUDA kernel takes: on a GPU these run in plain XLA. For the kernel keep a
@@ -17,6 +23,14 @@ from mla_jax.decode import Implementation
 from mla_jax.ragged import ragged_mla_with_kvcache
 
 _ALIGNMENT = 128
+# Options of the other libraries that this one does not have.
+_CHANGE_THE_RESULT = (
+    "sliding_window",
+    "soft_cap",
+    "sparse_mask",
+    "transpose_kv_cache",
+    "return_residuals",
+)
 
 
 def mla_ragged_paged_attention(
@@ -34,7 +48,7 @@ def mla_ragged_paged_attention(
     implementation: Implementation = None,
     **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Appends and attends with the signature of tpu-inference's function of this name.
+    """Appends and attends with the signature of tpu-inference's function and of tokamax's op.
 
     Args:
         ql_nope: `[total, h, c]`, queries in the latent space, packed sequence after sequence.
@@ -49,8 +63,10 @@ def mla_ragged_paged_attention(
         distribution: `[3]` int32; the last is the number of sequences, the others are not needed.
         sm_scale: factor of the scores.
         implementation: as for `flash_mla_with_kvcache`.
-        **options: block sizes and limits of the other library's kernels are ignored. What would
-            change the result (`sliding_window`, `soft_cap`, scales, ...) must be None.
+        **options: `q_scale`, `k_scale` and `v_scale`, numbers by which scores and values are
+            multiplied, or None. What would change the result otherwise (`sliding_window`,
+            `soft_cap`, `transpose_kv_cache`, ...) must be None or False. Anything else, such as
+            block sizes and limits of the other library's kernels, is ignored.
 
     Returns:
         `[total, h, c]`, 0 past the last sequence's queries, and the cache.
@@ -59,9 +75,14 @@ def mla_ragged_paged_attention(
         ValueError: shapes do not match.
         NotImplementedError: an option is asked for that the op does not have.
     """
-    for name in ("sliding_window", "soft_cap", "q_scale", "k_scale", "v_scale", "sparse_mask"):
-        if options.get(name) is not None:
-            raise NotImplementedError(f"{name}: got {options[name]!r}, expected None")
+    for name in _CHANGE_THE_RESULT:
+        value = options.get(name)
+        if value is not None and value is not False:  # it may be an array
+            raise NotImplementedError(f"{name}: got {value!r}, expected None or False")
+    q_scale, k_scale, v_scale = (
+        1.0 if options.get(name) is None else options[name]
+        for name in ("q_scale", "k_scale", "v_scale")
+    )
     total, _, c = ql_nope.shape
     r, width = q_pe.shape[-1], _aligned(ql_nope.shape[-1]) + _aligned(q_pe.shape[-1])
     if cache_kv.ndim != 4 or cache_kv.shape[-1] != width:
@@ -107,10 +128,10 @@ def mla_ragged_paged_attention(
         kv_lens,
         cu_q_lens,
         c,
-        softmax_scale=sm_scale,
+        softmax_scale=sm_scale * q_scale * k_scale,
         implementation=implementation,
     )
-    return out.astype(ql_nope.dtype), pages.reshape(cache_kv.shape)
+    return (out * v_scale).astype(ql_nope.dtype), pages.reshape(cache_kv.shape)
 
 
 def multi_latent_ragged_page_attention(
@@ -153,6 +174,10 @@ def multi_latent_ragged_page_attention(
         implementation=implementation,
         **options,
     )
+
+
+# The second version differs in its block sizes alone.
+multi_latent_ragged_page_attention_v2 = multi_latent_ragged_page_attention
 
 
 def _aligned(channels: int) -> int:

@@ -113,14 +113,24 @@ def packed(seed=0):
     return q, keys, q_lens, (*arrays, cache.reshape(24, page_size // packing, packing, 256), *ints)
 
 
-@pytest.mark.parametrize(
-    "name", ["mla_ragged_paged_attention", "multi_latent_ragged_page_attention"]
-)
-def test_adapters(name):
+# As callers of these libraries write it; tokamax's op has the names of tpu-inference's function.
+TOKAMAX = {"s_dtype": "float32", "return_residuals": False, "mask_value": -1e30}
+TOKAMAX |= {"q_scale": 2.0, "k_scale": 0.25, "v_scale": 3.0, "sm_scale": 0.4}
+CALLS = {
+    "tpu-inference": ("mla_ragged_paged_attention", {"sm_scale": 0.2, "transpose_kv_cache": False}),
+    "tokamax": ("mla_ragged_paged_attention", TOKAMAX),
+    "ejkernel": ("multi_latent_ragged_page_attention", {"softmax_scale": 0.2, "cfg": None}),
+    "ejkernel v2": ("multi_latent_ragged_page_attention_v2", {"softmax_scale": 0.2}),
+}
+
+
+@pytest.mark.parametrize("library", CALLS)
+def test_adapters(library):
+    name, options = CALLS[library]
     q, keys, q_lens, arguments = packed()
-    scale = {"sm_scale": 0.2} if name.startswith("mla") else {"softmax_scale": 0.2}
-    call = functools.partial(getattr(adapters, name), num_kv_pages_per_block=2, **scale)
+    call = functools.partial(getattr(adapters, name), num_kv_pages_per_block=2, **options)
     out, cache = jax.jit(call)(*arguments)
+    out = out / options.get("v_scale", 1.0)
     assert cache.shape == arguments[4].shape
     first = 0
     for rows, n in zip(keys, q_lens[:3], strict=True):
@@ -145,8 +155,11 @@ def test_adapters(name):
 
 def test_adapters_refuse():
     *_, arguments = packed()
-    with pytest.raises(NotImplementedError, match="sliding_window: got 4, expected None"):
-        adapters.mla_ragged_paged_attention(*arguments, sliding_window=4)
+    for name, value in [("sliding_window", 4), ("transpose_kv_cache", True), ("soft_cap", 0.0)]:
+        with pytest.raises(NotImplementedError, match=f"{name}: got {value}, expected None or"):
+            adapters.mla_ragged_paged_attention(*arguments, **{name: value})
+    with pytest.raises(NotImplementedError, match=r"sparse_mask: got array\(.*expected None or"):
+        adapters.mla_ragged_paged_attention(*arguments, sparse_mask=np.ones(2, bool))
     with pytest.raises(NotImplementedError, match="logits_soft_cap: got 30.0, expected None"):
         adapters.multi_latent_ragged_page_attention(*arguments, logits_soft_cap=30.0)
     wrong = (*arguments[:4], arguments[4][..., :200], *arguments[5:])
