@@ -16,7 +16,7 @@ import numpy as np
 from mla_jax import ffi, pallas, xla
 from mla_jax.batching import fold_vmap
 from mla_jax.gradient import differentiable
-from mla_jax.partitioning import partitioned
+from mla_jax.partitioning import partitioned, vary_alike, varying
 from mla_jax.schedule import METADATA_WIDTH
 
 # In order of preference. Each has `unsupported_reason` and `decode`; the last takes everything.
@@ -135,18 +135,22 @@ def _attend(
     causal = options.pop("causal")
     attend = fold_vmap(partitioned(partial(_run, names=names, **options), causal=causal))
     scale = options["softmax_scale"]
-    return differentiable(attend, softmax_scale=scale, causal=causal)(*arrays)
+    return differentiable(attend, softmax_scale=scale, causal=causal)(*vary_alike(*arrays))
 
 
 def _run(*arrays: jax.Array, names: tuple[str, ...], **options: Any) -> Any:
     """Runs, for these shapes (on a mesh, one device's), what suits the platform lowered for."""
     inputs = dict(zip(("q", "k_cache", "block_table"), arrays, strict=False)) | options
-    chosen = {p: _choose(names, p, **inputs).implementation for p in _PLATFORMS}
-    running = {p: name for p, name in chosen.items() if name is not None}
+    found = {p: _choose(names, p, **inputs) for p in _PLATFORMS}
+    running = {p: x.implementation for p, x in found.items() if x.implementation is not None}
+    if not running:  # a device's part is not what was asked for and could run
+        reasons = found.get(_default_platform(), found["default"]).reasons
+        raise NotImplementedError(f"for a device's part of the operands: {reasons}")
     if len(set(running.values())) == 1:
-        return _IMPLEMENTATIONS[next(iter(running.values()))].decode(*arrays, **options)
+        decode = _IMPLEMENTATIONS[next(iter(running.values()))].decode
+        return varying(partial(decode, **options))(*arrays)
     branches = {
-        platform: partial(_IMPLEMENTATIONS[name].decode, platform=platform, **options)
+        platform: varying(partial(_IMPLEMENTATIONS[name].decode, platform=platform, **options))
         for platform, name in running.items()
     }
     return jax.lax.platform_dependent(*arrays, **branches)

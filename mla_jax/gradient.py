@@ -1,17 +1,19 @@
 # Copyright 2026 The mla-jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient of the op, in plain JAX, for every implementation.
+"""The gradient of the op, in plain JAX, for every implementation and over the devices of a mesh.
 
 Letters as in xla.py: `b` sequences, `h` KV heads, `r` query rows that share their keys, `n` tokens
 of a chunk, `d` width of a key, `v` width of a value.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mla_jax.partitioning import partitioned_gradient
 from mla_jax.xla import Chunks, capacity, from_rows, to_rows, visible_tokens
 
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
@@ -33,12 +35,29 @@ def differentiable(attend: Attend, *, softmax_scale: float, causal: bool) -> Att
         results = attend(*arrays)
         return results, (*arrays, *results)
 
+    whole = partial(_backward, scale=softmax_scale)
+    cut = jax.custom_batching.custom_vmap(partitioned_gradient(whole, causal=causal))
+
+    @cut.def_vmap
+    def cut_batched(_: int, batched: list[bool], *arrays: jax.Array) -> Any:
+        # Plain JAX has a rule for it: each element's gradient by a pool that they share is its own.
+        axes = [0 if is_batched else None for is_batched in batched]
+        return jax.vmap(partial(whole, causal=causal), axes)(*arrays), (True, True)
+
     def backward(residuals: Any, cotangents: Any) -> Any:
-        dq, dk = _backward(*residuals, *cotangents, scale=softmax_scale, causal=causal)
+        gradients = cut(*residuals, *cotangents)
+        dq, dk = (_like(g, x) for g, x in zip(gradients, residuals, strict=False))
         return dq, dk, None, None  # integers have no gradient
 
     call.defvjp(forward, backward)
     return call
+
+
+def _like(gradient: jax.Array, x: jax.Array) -> jax.Array:
+    """Brings a gradient to the dtype of what it is of, and, where types say, to its devices."""
+    gradient = gradient.astype(x.dtype)
+    lies = jax.typeof(x).sharding
+    return jax.sharding.reshard(gradient, lies) if lies.mesh.explicit_axes else gradient
 
 
 def _backward(
@@ -63,9 +82,9 @@ def _backward(
     rounded as in `xla.attend_pages`.
 
     Returns:
-        As q and k_cache. Pages that several sequences share collect from all of them; slots that no
-        one sees get zeros, whatever they hold. A query that saw nothing passes nothing on, whatever
-        its cotangents.
+        As q and k_cache, float32. Pages that several sequences share collect from all of them;
+        slots that no one sees get zeros, whatever they hold. A query that saw nothing passes
+        nothing on, whatever its cotangents.
     """
     _, s_q, h_q, _ = q.shape
     _, page_size, h_kv, d_k = k_cache.shape
@@ -101,6 +120,6 @@ def _backward(
         dk = dk.reshape(*ids.shape, page_size, h_kv, d_k)
         return dq, dk_cache.at[ids].add(dk, mode="drop")
 
-    start = (jnp.zeros(rows.shape, jnp.float32), jnp.zeros(k_cache.shape, jnp.float32))
+    start = tuple(jnp.zeros_like(x, jnp.float32) for x in (rows, k_cache))
     dq, dk_cache = jax.lax.fori_loop(0, chunks.count, step, start)
-    return from_rows(dq, s_q).astype(q.dtype), dk_cache.astype(k_cache.dtype)
+    return from_rows(dq, s_q), dk_cache

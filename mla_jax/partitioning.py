@@ -22,6 +22,8 @@ from mla_jax.xla import capacity, visible_tokens
 
 # q, k_cache, block_table, cache_seqlens -> out, lse.
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
+# Those, out, lse and their cotangents -> the cotangents of q and k_cache.
+Backward = Callable[..., tuple[jax.Array, jax.Array]]
 Axes = tuple[str, ...]
 
 # Axes of meshes, where names decide: sequences with a pool each; heads; tokens of a sequence.
@@ -95,6 +97,22 @@ class Layout:
             attend_shards, attend, pages_axis=self.pages, slots_axis=self.slots, causal=causal
         )
 
+    def gradient_on_device(self, backward: Backward, causal: bool) -> Backward:
+        """Returns the gradient on each device; `backward` is that of the op on one device."""
+
+        def run(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+            if not self.pages + self.slots:
+                dq, dk_cache = backward(*arrays, causal=causal)
+            else:
+                dq, dk_cache = _backward_shards(
+                    backward, *arrays, pages_axis=self.pages, slots_axis=self.slots, causal=causal
+                )
+            # Sums over devices with other tokens of the same queries, and the other way round.
+            queries = self.b + (() if self.h_kv else self.h)
+            return _sum(dq, self.pages + self.slots), _sum(dk_cache, queries)
+
+        return run
+
 
 def attend_shards(
     attend: Attend,
@@ -127,13 +145,79 @@ def attend_shards(
         causal: as for the op.
     """
     b, s_q, h_q, _ = q.shape
+    rows = s_q if causal else 1  # sequences that one becomes
+    table, lengths = _own_tokens(
+        k_cache, block_table, cache_seqlens, rows, pages_axis=pages_axis, slots_axis=slots_axis
+    )
+    out, lse = attend(
+        q.reshape(b * rows, s_q // rows, *q.shape[2:]), k_cache, table, lengths, causal=False
+    )
+    lse = lse.reshape(b, rows, h_q, s_q // rows).swapaxes(1, 2).reshape(b, h_q, s_q)
+    axes = pages_axis + slots_axis
+    return merge(
+        out.reshape(b, s_q, h_q, -1),
+        lse,
+        largest=partial(jax.lax.pmax, axis_name=axes),
+        total=partial(jax.lax.psum, axis_name=axes),
+    )
+
+
+def _backward_shards(
+    backward: Backward,
+    q: jax.Array,
+    k_cache: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    d_lse: jax.Array,
+    *,
+    pages_axis: Axes,
+    slots_axis: Axes,
+    causal: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Differentiates by this device's tokens, which is simple once `lse` is that of all tokens.
+
+    The arguments are those of `attend_shards` and, the same on all devices of the axes, its results
+    and their cotangents. Returns this device's part of the gradient by q, to be summed over the
+    axes, and the gradient by its `k_cache`.
+    """
+    b, s_q, h_q, _ = q.shape
+    rows = s_q if causal else 1
+    table, lengths = _own_tokens(
+        k_cache, block_table, cache_seqlens, rows, pages_axis=pages_axis, slots_axis=slots_axis
+    )
+    q, out, d_out = (x.reshape(b * rows, s_q // rows, *x.shape[2:]) for x in (q, out, d_out))
+    lse, d_lse = (
+        x.reshape(b, h_q, rows, s_q // rows).swapaxes(1, 2).reshape(b * rows, h_q, s_q // rows)
+        for x in (lse, d_lse)
+    )
+    dq, dk_cache = backward(q, k_cache, table, lengths, out, lse, d_out, d_lse, causal=False)
+    return dq.reshape(b, s_q, *dq.shape[2:]), dk_cache
+
+
+def _own_tokens(
+    k_cache: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    rows: int,
+    *,
+    pages_axis: Axes,
+    slots_axis: Axes,
+) -> tuple[jax.Array, jax.Array]:
+    """Describes this device's tokens as sequences of its own.
+
+    Returns:
+        `block_table` and `cache_seqlens` for the op on this device, of `rows` sequences for each
+        one; where those are more than one, they are its queries, each of which sees one token more.
+    """
     num_pages, slots = k_cache.shape[:2]
     num_shards, shard = _size_and_index(pages_axis)
     num_slices, first_slot = _size_and_index(slots_axis)
     page_size = num_slices * slots
-    rows = s_q if causal else 1  # sequences that one becomes
     visible = visible_tokens(
-        cache_seqlens, rows, causal, num_slices * capacity(k_cache, block_table)
+        cache_seqlens, rows, rows > 1, num_slices * capacity(k_cache, block_table)
     )
 
     before = page_size * jnp.arange(block_table.shape[1]) + first_slot * slots
@@ -148,76 +232,113 @@ def attend_shards(
         order = jnp.argsort(~mine, axis=1, stable=True)
         table = jnp.take_along_axis(local, order, axis=1)
 
-    out, lse = attend(
-        q.reshape(b * rows, s_q // rows, *q.shape[2:]),
-        k_cache,
-        jnp.repeat(table, rows, axis=0),
-        count.sum(-1, dtype=jnp.int32).reshape(-1),
-        causal=False,
-    )
-    lse = lse.reshape(b, rows, h_q, s_q // rows).swapaxes(1, 2).reshape(b, h_q, s_q)
-    axes = pages_axis + slots_axis
-    return merge(
-        out.reshape(b, s_q, h_q, -1),
-        lse,
-        largest=partial(jax.lax.pmax, axis_name=axes),
-        total=partial(jax.lax.psum, axis_name=axes),
-    )
+    lengths = count.sum(-1, dtype=jnp.int32).reshape(-1)
+    return jnp.repeat(table, rows, axis=0), lengths
 
 
 def partitioned(attend: Attend, *, causal: bool) -> Attend:
-    """Cuts `attend` as its operands are cut, whatever the way their mesh is used.
+    """Cuts `attend` as its operands are cut, whatever the way their mesh is used."""
+    return _cut_by_operands(
+        lambda layout: layout.on_device(attend, causal),
+        Layout.operands,
+        Layout.results,
+        rule="b s h d, n p k d, b w, b -> b s h v, b h s",
+    )
+
+
+def partitioned_gradient(backward: Backward, *, causal: bool) -> Backward:
+    """Cuts `backward` as the op's operands are cut: the pool and its gradient lie alike."""
+    return _cut_by_operands(
+        lambda layout: layout.gradient_on_device(backward, causal),
+        lambda layout: layout.operands() + 2 * layout.results(),
+        lambda layout: layout.operands()[:2],
+        rule="b s h d, n p k d, b w, b, b s h v, b h s, b s h v, b h s -> b s h d, n p k d",
+    )
+
+
+def _cut_by_operands(
+    on_device: Callable[[Layout], Callable[..., Any]],
+    operands: Callable[[Layout], tuple[PartitionSpec, ...]],
+    results: Callable[[Layout], tuple[PartitionSpec, ...]],
+    *,
+    rule: str,
+) -> Callable[..., Any]:
+    """Runs a function of the op's arrays on the devices of the mesh where these lie.
 
     Where JAX's types say how arrays lie (a mesh with explicit axes), it is a `shard_map`; where
     XLA's partitioner decides (automatic axes), it asks here. Without that, a custom call would get
     all operands whole on every device, the pool included.
+
+    Args:
+        on_device: what each device runs, by layout.
+        operands: how operands lie, by layout; the first two are q and k_cache.
+        results: how results lie, by layout.
+        rule: the same for XLA's partitioner, as letters.
     """
 
     def run(*arrays: jax.Array) -> Any:
         mesh = jax.typeof(arrays[1]).sharding.mesh
-        if not mesh.explicit_axes:
-            around = jax.sharding.get_abstract_mesh()
-            if not around.manual_axes or not around.auto_axes:
-                return by_partitioner(*arrays)
+        if mesh.explicit_axes:
+            layout = Layout.of([jax.typeof(x).sharding.spec for x in arrays], arrays[1].shape[2])
+            to = (NamedSharding(mesh, spec) for spec in operands(layout))
+            arrays = tuple(map(jax.sharding.reshard, arrays, to))
+            return over_mesh(layout, *arrays, mesh=mesh, axis_names=set(mesh.explicit_axes))
+        around = jax.sharding.get_abstract_mesh()
+        if not around.manual_axes:
+            return by_partitioner(*arrays)
+        if around.auto_axes:
             # XLA cannot ask how to cut a call where axes are partly manual: convention decides.
             layout, axis_names = _by_names(around, *arrays[:2]), set(around.auto_axes)
-            return over_mesh(attend, layout, causal, axis_names=axis_names)(*arrays)
-        layout = Layout.of([jax.typeof(x).sharding.spec for x in arrays], arrays[1].shape[2])
-        to = (NamedSharding(mesh, spec) for spec in layout.operands())
-        arrays = tuple(map(jax.sharding.reshard, arrays, to))
-        axis_names = set(mesh.explicit_axes)
-        return over_mesh(attend, layout, causal, mesh=mesh, axis_names=axis_names)(*arrays)
+            return varying(partial(over_mesh, layout, axis_names=axis_names))(*arrays)
+        return on_device(Layout())(*arrays)
+
+    def over_mesh(layout: Layout, *arrays: Any, mesh: Any = None, axis_names: set[str]) -> Any:
+        return jax.shard_map(
+            on_device(layout),
+            mesh=mesh,  # by default the one around
+            in_specs=operands(layout),
+            out_specs=results(layout),
+            axis_names=axis_names,
+            check_vma=False,
+        )(*arrays)
 
     @custom_partitioning
-    def by_partitioner(q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any) -> Any:
-        return attend(q, k_cache, block_table, cache_seqlens, causal=causal)
+    def by_partitioner(*arrays: Any) -> Any:
+        return on_device(Layout())(*arrays)
 
-    def partition(mesh: Mesh, operands: Any, results: Any) -> Any:
-        layout = Layout.of([x.sharding.spec for x in operands], operands[1].shape[2])
+    def partition(mesh: Mesh, arrays: Any, _: Any) -> Any:
+        layout = Layout.of([x.sharding.spec for x in arrays], arrays[1].shape[2])
         to, of = (
-            tuple(NamedSharding(mesh, spec) for spec in specs)
-            for specs in (layout.results(), layout.operands())
+            tuple(NamedSharding(mesh, spec) for spec in specs(layout))
+            for specs in (results, operands)
         )
-        return mesh, layout.on_device(attend, causal), to, of
+        return mesh, on_device(layout), to, of
 
-    by_partitioner.def_partition(
-        partition, sharding_rule="b s h d, n p k d, b w, b -> b s h v, b h s"
-    )
+    by_partitioner.def_partition(partition, sharding_rule=rule)
     return run
 
 
-def over_mesh(
-    attend: Attend, layout: Layout, causal: bool, *, mesh: Any = None, axis_names: set[str]
-) -> Attend:
-    """Runs `attend` on the devices of a mesh, by default the one around, cut by `layout`."""
-    return jax.shard_map(
-        layout.on_device(attend, causal),
-        mesh=mesh,
-        in_specs=layout.operands(),
-        out_specs=layout.results(),
-        axis_names=axis_names,
-        check_vma=False,  # a custom call says nothing of the axes its results vary over
-    )
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Makes arrays vary over the same axes of a `shard_map`, as loops over them need it.
+
+    Its transpose is the sum that the gradient of what varies less needs.
+    """
+    axes = _axes_of(*arrays)
+    return tuple(_vary(x, axes) for x in arrays)
+
+
+def varying(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes results vary as operands do; a custom call says nothing of the axes they vary over."""
+    return lambda *arrays: jax.tree.map(partial(_vary, axes=_axes_of(*arrays)), run(*arrays))
+
+
+def _axes_of(*arrays: jax.Array) -> frozenset[str]:
+    return frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
+
+
+def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = tuple(sorted(axes - jax.typeof(x).mat.varying))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _by_names(mesh: AbstractMesh, q: jax.Array, k_cache: jax.Array) -> Layout:
@@ -235,6 +356,10 @@ def _by_names(mesh: AbstractMesh, q: jax.Array, k_cache: jax.Array) -> Layout:
         for name, size in ((TENSOR, heads), (CONTEXT, k_cache.shape[1]))
     )
     return Layout(h=h, slots=slots, h_kv=h if k_cache.shape[2] > 1 else ())
+
+
+def _sum(x: jax.Array, axes: Axes) -> jax.Array:
+    return jax.lax.psum(x, axes) if axes else x
 
 
 def _size_and_index(axes: Axes) -> tuple[int, Any]:

@@ -209,11 +209,10 @@ def attend_pages(
 
     d_v = jax.eval_shape(lambda: expand(chunks.load(0)[2]))[1].shape[-1]
     start = (
-        jnp.full((b, h, r), -jnp.inf),
-        jnp.zeros((b, h, r)),
-        jnp.zeros((b, h, r, d_v)),
+        jnp.full_like(q, -jnp.inf, jnp.float32, (b, h, r)),
+        jnp.zeros_like(q, jnp.float32, (b, h, r)),
+        jnp.zeros_like(q, jnp.float32, (b, h, r, d_v)),
     )
-    start = jax.tree.map(lambda x: x.astype(jnp.float32), start)
     m, total, acc = jax.lax.fori_loop(0, chunks.count, step, start)
     seen = total != 0
     total = jnp.where(seen, total, 1.0)

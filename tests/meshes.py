@@ -24,6 +24,20 @@ def mesh(kind: AxisType = AxisType.Auto, **sizes: int) -> Mesh:
     return Mesh(devices, tuple(sizes), axis_types=(kind,) * len(sizes))
 
 
+def on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def suited(implementation: str) -> dict[str, Any]:
+    """Returns a dtype and a page size that an implementation takes here, pages cut in two as well.
+
+    Kernels of GPUs take no float32, which compares best, and no short pages, which cross most.
+    """
+    if on_gpu():
+        return {"dtype": "float32" if implementation == "xla" else "bfloat16", "page_size": 64}
+    return {"dtype": "float32", "page_size": 16}
+
+
 def put(x: Any, mesh: Mesh, *spec: Any) -> jax.Array:
     return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
 

@@ -114,6 +114,17 @@ MUTANTS = {
     "a part that saw nothing counts": Mutant(
         "merge.py", "jnp.where(lse == jnp.inf, -jnp.inf, lse)", "lse", "test_merge.py"
     ),
+    "gradient of a pool from one device's queries": Mutant(
+        "partitioning.py", "_sum(dk_cache, queries)", "dk_cache", "test_sharding.py -k gradients"
+    ),
+    "gradient of queries from one device's tokens": Mutant(
+        "partitioning.py", "_sum(dq, self.pages + self.slots)", "dq",
+        "test_sharding.py -k gradients",
+    ),
+    "gradient of a query by tokens after it": Mutant(
+        "partitioning.py", "cache_seqlens, rows, rows > 1,", "cache_seqlens, rows, False,",
+        "test_sharding.py -k gradients",
+    ),
     "slots of a page start at 0 on every device": Mutant(
         "partitioning.py", "+ first_slot * slots", "", "test_sharding.py -k 'not generation'"
     ),
