@@ -6,7 +6,8 @@ Environment:
     MLA_JAX_IMPLEMENTATIONS: implementations to test, comma-separated; by default all there are
         (pallas, which needs one, where there is a GPU).
     MLA_JAX_REQUIRE: implementations of which no promised case may be skipped, comma-separated.
-    MLA_JAX_FULL_GRID: 1 runs the whole FlashMLA grid instead of a part that suits a CPU.
+    MLA_JAX_FULL_GRID: 1 runs FlashMLA's grid whole, and, as on a GPU, that of ragged queries,
+        instead of parts that suit a CPU.
 """
 
 import os

@@ -3,11 +3,14 @@
 """Ragged queries against the oracle, on a grid as FlashInfer's, and the packed cache's adapters."""
 
 import functools
+import itertools
+import os
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from meshes import on_gpu
 from reference import assert_close, attend, problem
 
 import mla_jax
@@ -15,6 +18,11 @@ from mla_jax import adapters
 
 KV = [0, 17, 33, 64, 97, 114, 514, 1024]
 QO = list(range(1, 18, 2))
+# Queries per tile, page size, causal; all pairs of lengths are in each.
+if on_gpu() or os.environ.get("MLA_JAX_FULL_GRID") == "1":
+    GRID = list(itertools.product([1, 4, 16], [16, 64], [True, False]))
+else:
+    GRID = [(1, 64, True), (4, 16, False), (16, 16, True)]
 
 
 def expected(p, q_lens, causal):
@@ -30,24 +38,24 @@ def expected(p, q_lens, causal):
     return np.concatenate(outs), np.concatenate(lses)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("page_size", [16, 64])
-@pytest.mark.parametrize("tile", [1, 4, 16])
+@pytest.mark.parametrize(("tile", "page_size", "causal"), GRID)
 def test_grid(op, implementation, page_size, tile, causal):
     """All 72 pairs of lengths at once; more queries than tokens, no tokens, no queries."""
+    kernel = on_gpu() and implementation != "xla"  # which takes DeepSeek's widths alone
+    d_k, d_v, dtype = (576, 512, "bfloat16") if kernel else (64, 48, "float32")
     pairs = [(kv, qo) for kv in KV for qo in QO] + [(5, 0), (0, 0)]
     pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
     lengths, q_lens = (list(x) for x in zip(*pairs, strict=True))
-    p = problem(lengths, d_k=64, d_v=48, h_q=2, page_size=page_size, dtype="float32")
+    p = problem(lengths, d_k=d_k, d_v=d_v, h_q=2, page_size=page_size, dtype=dtype)
     total = sum(q_lens)
     rng = np.random.default_rng(1)
-    p = replace(p, q=rng.standard_normal((total, 1, 2, 64)).astype(np.float32))
-    op(p.q[:74], *p.arrays()[1:], 48)  # skips where the implementation cannot run
+    p = replace(p, q=rng.standard_normal((total, 1, 2, d_k)).astype(p.q.dtype))
+    op(p.q[:74], *p.arrays()[1:], d_v)  # skips where the implementation cannot run
     cu = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
-    q = np.concatenate([p.q[:, 0], np.full((7, 2, 64), np.nan, np.float32)])  # what follows
+    q = np.concatenate([p.q[:, 0], np.full((7, 2, d_k), np.nan, p.q.dtype)])  # what follows
     run = functools.partial(
         mla_jax.ragged_mla_with_kvcache,
-        head_dim_v=48,
+        head_dim_v=d_v,
         causal=causal,
         queries_per_tile=tile,
         implementation=implementation,
@@ -82,6 +90,14 @@ def test_refusals(change, message):
     right |= {"q": p.q[:, 0], "cu_q_lens": np.array([0, 1, 2], np.int32), "head_dim_v": 48}
     with pytest.raises(ValueError, match=message):
         mla_jax.ragged_mla_with_kvcache(**(right | change))
+
+
+def test_an_implementation_that_cannot_says_why():
+    p = problem([3, 4], d_k=64, d_v=48, h_q=2, dtype="float32")
+    arguments = (p.q[:, 0], *p.arrays()[1:], np.array([0, 1, 2], np.int32), 48)
+    name = "ffi" if on_gpu() else "pallas"
+    with pytest.raises(NotImplementedError, match=f"{name}: (q: got dtype float32|not on cpu)"):
+        mla_jax.ragged_mla_with_kvcache(*arguments, implementation=name)
 
 
 # --- Adapters -------------------------------------------------------------------------------------
