@@ -313,7 +313,8 @@ def stream(
     _check_mesh(mesh, page_size)
     if eos_token_id is None:
         eos_token_id = model.config.eos_token_id
-    eos = np.atleast_1d(np.asarray(() if eos_token_id is None else eos_token_id, np.int32))
+    # -1 is no token: XLA of jax 0.11 crashes on an array of no elements that leaves a shard_map.
+    eos = np.append(() if eos_token_id is None else eos_token_id, -1).astype(np.int32)
 
     # Short prompts take one chunk no wider than they need, in powers of two to share executables.
     chunk = min(prefill_chunk, 1 << (max(lengths) - 1).bit_length())

@@ -8,6 +8,7 @@ Environment:
     MLA_JAX_REQUIRE: implementations of which no promised case may be skipped, comma-separated.
     MLA_JAX_FULL_GRID: 1 runs FlashMLA's grid whole, and, as on a GPU, that of ragged queries,
         instead of parts that suit a CPU.
+    MLA_JAX_EXPORTED: a file that test_export.py wrote on another machine.
 """
 
 import os

@@ -45,8 +45,10 @@ def put(x: Any, mesh: Mesh, *spec: Any) -> jax.Array:
 def collectives(text: str) -> dict[str, list[int]]:
     """Lists, for each kind of collective in compiled HLO, the elements of each one's results."""
     found: dict[str, list[int]] = {}
-    for shapes, kind in re.findall(rf"= (.+?) ({_KINDS})(?:-start)?\(", text):
+    for shapes, kind, start in re.findall(rf"= (.+?) ({_KINDS})(-start)?\(", text):
         sizes = re.findall(r"\w+\[([\d,]*)\]", shapes)
+        if start and kind != "all-reduce":  # operands are listed before the results
+            sizes = sizes[len(sizes) // 2 :]
         elements = sum(math.prod(int(n) for n in size.split(",") if n) for size in sizes)
         found.setdefault(kind, []).append(elements)
     return found

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import collectives, kinds, mesh, put, suited
+from meshes import collectives, kinds, mesh, on_gpu, put, suited
 from reference import assert_close, attend, problem
 
 import mla_jax
@@ -84,8 +84,9 @@ def test_jit_of_sharded_operands(op, implementation, cut, kind):
     assert_close(got, attend(p, causal=True))
     exchanged = collectives(compiled.as_text())
     assert set(exchanged) == cut.exchanged
-    # At most the queries, or the merged results: never the pool, nor what is gathered from it.
-    largest = max(p.q.size, 4 * 2 * 8 * 513)
+    # At most the queries and what is small, or the merged results: never the pool, nor what is
+    # gathered from it.
+    largest = max(p.q.size + p.block_table.size + len(p.q), 4 * 2 * 8 * 513)
     assert all(size <= largest for sizes in exchanged.values() for size in sizes)
     assert largest < p.k_cache.size
     if kind == AxisType.Auto and len(cut.exchanged) < 2:
@@ -116,7 +117,7 @@ def test_a_pool_cut_by_channels_is_refused(op, kind):
 THREE_AXES = (
     {"data": 2, "tensor": 2, "context": 2}
     if jax.device_count() >= 8
-    else {"data": 1, "tensor": 1, "context": 2}
+    else {"data": 2, "tensor": 1, "context": 1}
 )
 SMALL = {"d_k": 24, "d_v": 16, "page_size": 8, "num_pages": 16, "dtype": "float32"}
 
@@ -297,11 +298,12 @@ MESHES = [
     ({"data": 1, "context": 4}, {"all-reduce": 1 + 2 * 2}),
     ({"data": 2, "tensor": 2, "context": 2}, {"all-reduce": 1 + 4 * 2, "all-gather": 2}),
 ]
-if jax.device_count() < 8:
+if jax.device_count() < 8:  # on GPUs XLA joins the two gathers, and asks no one where data is 1
+    alone, gathers = (0, 1) if on_gpu() else (1, 2)
     MESHES = [
         ({"data": 2}, {"all-reduce": 1}),
-        ({"data": 1, "tensor": 2}, {"all-reduce": 2 * 2, "all-gather": 2}),
-        ({"data": 1, "context": 2}, {"all-reduce": 2 * 2}),
+        ({"data": 1, "tensor": 2}, {"all-reduce": alone + 2 * 2, "all-gather": gathers}),
+        ({"data": 1, "context": 2}, {"all-reduce": alone + 2 * 2}),
     ]
 
 
