@@ -62,7 +62,6 @@ def combine(
     while rows % 2 == 0 and groups * h_kv * config.rows // rows * warpgroups < _COMBINE_WARPGROUPS:
         rows //= 2
     shared = plgpu.SMEM((warpgroups, config.d_v), jnp.float32)
-    refs = jax.new_ref(out), jax.new_ref(lse)
     kernel = plgpu.kernel(
         functools.partial(_combine_body, config=config, h_kv=h_kv, rows=rows, by_seq=b <= parts),
         out_type=(),
@@ -80,8 +79,8 @@ def combine(
         interpret=config.interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    kernel(partial_out, partial_lse, schedule.cuts, schedule.num_splits, *refs)
-    return jax.freeze(refs[0]), jax.freeze(refs[1])
+    inputs = (partial_out, partial_lse, schedule.cuts, schedule.num_splits)
+    return pl.run_state(lambda refs: kernel(*inputs, *refs))((out, lse))
 
 
 def _combine_body(
