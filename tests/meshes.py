@@ -46,8 +46,11 @@ def collectives(text: str) -> dict[str, list[int]]:
     """Lists, for each kind of collective in compiled HLO, the elements of each one's results."""
     found: dict[str, list[int]] = {}
     for shapes, kind, start in re.findall(rf"= (.+?) ({_KINDS})(-start)?\(", text):
+        # What starts a collective may list the operands before the results.
+        if start and shapes.startswith("(("):
+            shapes = shapes[shapes.index(")") :]
         sizes = re.findall(r"\w+\[([\d,]*)\]", shapes)
-        if start and kind != "all-reduce":  # operands are listed before the results
+        if start and kind != "all-reduce" and not shapes.startswith(")"):
             sizes = sizes[len(sizes) // 2 :]
         elements = sum(math.prod(int(n) for n in size.split(",") if n) for size in sizes)
         found.setdefault(kind, []).append(elements)
