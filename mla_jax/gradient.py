@@ -24,7 +24,7 @@ def differentiable(attend: Attend, *, softmax_scale: float, causal: bool) -> Att
 
     Only the results `out` and `lse` are kept for it, not the weights: they are computed again
     (FlashAttention, arXiv:2205.14135, appendix B.4). Forward-mode differentiation is refused by
-    JAX with a TypeError, and so is a second derivative.
+    JAX with a TypeError, a second derivative with a NotImplementedError.
     """
 
     @jax.custom_vjp

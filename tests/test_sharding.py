@@ -18,7 +18,14 @@ from meshes import collectives, kinds, mesh, on_gpu, put, suited
 from reference import assert_close, attend, problem
 
 import mla_jax
-from mla_jax import DeepseekConfig, DeepseekForCausalLM, PagePoolFullError, generate, shard
+from mla_jax import (
+    DeepseekConfig,
+    DeepseekForCausalLM,
+    PagePoolFullError,
+    generate,
+    pallas,
+    shard,
+)
 
 generation = importlib.import_module("mla_jax.generate")
 
@@ -92,6 +99,15 @@ def test_jit_of_sharded_operands(op, implementation, cut, kind):
     if kind == AxisType.Auto and len(cut.exchanged) < 2:
         expected = NamedSharding(arrays[0].sharding.mesh, P(*cut.out))
         assert got[0].sharding.is_equivalent_to(expected, 4)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="pallas: it needs jax 0.11 or newer")
+def test_pallas_has_no_effects():
+    """JAX refuses them in what it hands to XLA's partitioner, whatever they are."""
+    p = problem([300, 10])
+    options = {"head_dim_v": 512, "softmax_scale": 0.1, "causal": False, "batch_invariant": False}
+    run = functools.partial(pallas.decode, num_sms=132, **options)
+    assert not jax.make_jaxpr(run)(*p.arrays()).effects
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
