@@ -198,7 +198,7 @@ class MultiHeadLatentAttention(nnx.Module):
                 the t columns, what stands before them is padding.
             cache: after `cache.reserve` for these tokens.
             layer: index of this layer in the cache.
-            absorbed: what `absorb` gave, for the steps of a loop; None takes `kv_b_proj` apart anew.
+            absorbed: what `absorb` gave, for the steps of a loop; None does it anew.
             schedule: `get_mla_metadata(cache.seqlens, t * num_heads, 1)`, to share it among layers;
                 None schedules inside the op.
             implementation: as for `flash_mla_with_kvcache`.
@@ -226,7 +226,7 @@ class MultiHeadLatentAttention(nnx.Module):
         return self._project(out), cache
 
     def absorb(self) -> Absorbed:
-        """Takes `kv_b_proj` apart into W_UK `[c, h, n]` and W_UV `[c, h, v]`, as `decode` uses them.
+        """Takes `kv_b_proj` apart into W_UK `[c, h, n]` and W_UV `[c, h, v]`, for `decode`.
 
         XLA copies both for its matrix products. Inside a step that is done in each of them; done
         once before a loop of steps, it costs as much memory as `kv_b_proj` itself.
