@@ -174,20 +174,20 @@ def _experts(x, ids, weights, kernels):
     return out
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 8, 9])
-def test_experts_one_token_several_and_in_turns(n, monkeypatch):
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9])
+def test_experts_of_few_tokens_several_and_in_turns(n, monkeypatch):
     """An expert that a token did not choose has no part in it, whatever it makes of the token."""
     monkeypatch.setattr("mla_jax.moe._TOKENS_AT_A_TIME", 4)
     config = DeepseekConfig(
-        "deepseek_v2", 8, 12, 8, 2, 1, n_routed_experts=5, moe_intermediate_size=6,
+        "deepseek_v2", 8, 12, 8, 2, 1, n_routed_experts=9, moe_intermediate_size=6,
         num_experts_per_tok=2,
     )  # fmt: skip
     experts = Experts(config, dtype=None, param_dtype=jnp.float32, rngs=nnx.Rngs(1))
     for kernel in (experts.gate_proj, experts.up_proj, experts.down_proj):
-        kernel[...] = kernel[...].at[4].set(1e30)  # its products overflow
+        kernel[...] = kernel[...].at[8].set(1e30)  # its products overflow
     rng = np.random.default_rng(n)
     x = rng.standard_normal((n, 12), np.float32)
-    ids = np.stack([rng.permutation(4)[:2] for _ in range(n)])  # all different, never the last
+    ids = np.stack([rng.permutation(8)[:2] for _ in range(n)])  # all different, never the last
     weights = rng.random((n, 2), np.float32)
     kernels = [k[...] for k in (experts.gate_proj, experts.up_proj, experts.down_proj)]
     expected = _experts(x, ids, weights, kernels)
