@@ -372,6 +372,13 @@ def _bench_steps(
     def trace(name: str, function: Callable[[], Any]) -> None:
         profiles[name] = profile.trace(function, args.profile / name)
 
+    def as_json(report: Any) -> str:
+        return json.dumps(reporting.steps_to_json(command, report) | {"profiles": profiles})
+
+    def write(report: Any) -> None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "results.json").write_text(as_json(report) + "\n", encoding="utf-8")
+
     if args.steps is not None:
         options["steps"] = args.steps
     console = Console(stderr=True)
@@ -383,15 +390,15 @@ def _bench_steps(
             implementations=args.implementations,
             rounds=args.rounds,
             tick=status.update,
+            # A run that is stopped keeps the rows that it has.
+            done=lambda so_far: None if args.out is None else write(so_far),
             profile=None if args.profile is None else trace,
             **options,
         )
-    text = json.dumps(reporting.steps_to_json(command, found) | {"profiles": profiles})
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "results.json").write_text(text + "\n", encoding="utf-8")
+        write(found)
     if args.json:
-        print(text)
+        print(as_json(found))
         return
     show(found, out)
     for name, kernels in profiles.items():

@@ -17,7 +17,13 @@ import numpy as np
 from flax import nnx
 
 from mla_jax.bench import models
-from mla_jax.bench.timing import Ceilings, Clock, interleave, measure_ceilings
+from mla_jax.bench.timing import (
+    Ceilings,
+    Clock,
+    interleave,
+    measure_ceilings,
+    steps_that_fit,
+)
 from mla_jax.config import DTYPES, DeepseekConfig
 from mla_jax.decode import check_implementation
 from mla_jax.generate import Sampling, _decode, _State
@@ -129,7 +135,7 @@ class Session:
 
 
 class Loop:
-    """The loop with one implementation, as `timing.Variant` has it.
+    """The loop with one implementation, as `timing.Timed` has it.
 
     Args:
         compiled: `generate`'s decode loop.
@@ -179,6 +185,7 @@ def run(
     rounds: int = 5,
     steps: int = 16,
     tick: Tick = lambda _: None,
+    done: Callable[[Report], None] = lambda _: None,
     profile: Callable[[str, Callable[[], Any]], None] | None = None,
     ceilings: Ceilings | None = None,
 ) -> Report:
@@ -192,9 +199,10 @@ def run(
         dtype: "bfloat16", "float16" or "float32".
         implementations: names of ours; by default those that run by default, so not "pallas".
         rounds: measurements of which the median counts.
-        steps: of the shorter of both runs whose difference is measured.
+        steps: most of the shorter of both runs whose difference is measured; slow ones take fewer.
         tick: told what is under way.
-        profile: given a name and a function that decodes `steps` steps, for each result.
+        done: given the report so far after each row.
+        profile: given a name and a function that decodes two steps, for each result.
         ceilings: of the device, if known; measured by default.
 
     Raises:
@@ -247,7 +255,9 @@ def run(
                 continue
             variants[name] = Loop(program, params, session, steps)
             first[name] = variants[name].first_result()
-        times = interleave(variants, rounds, tick=lambda b=b: tick(f"b {b}: rounds"))
+            variants[name].calls = steps_that_fit(variants[name].run(2) / 2, steps)
+        tick(f"b {b}")
+        times = interleave(variants, rounds)
         results = {
             name: Result(
                 ms=None if time is None else 1e3 * time.median,
@@ -260,12 +270,13 @@ def run(
         }
         if profile is not None:
             for name, variant in variants.items():
-                profile(f"{model}-{b}-{name}", functools.partial(variant.run, steps))
+                profile(f"{model}-{b}-{name}", functools.partial(variant.run, 2))
         cached = models.num_bytes(session.state.cache.pages)
         needed = _bytes_needed(config, weights, b, context, kind.itemsize)
         peak = models.memory_stats().get("peak_bytes_in_use")
         floor = 1e3 * needed / found.read
         report.rows.append(Row(b, context, floor, cached, peak, results, reasons))
+        done(report)
         del session, variants
         gc.collect()  # this cache, before the next
     return report

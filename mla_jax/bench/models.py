@@ -5,7 +5,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from mla_jax.cache import PagedKVCache
 from mla_jax.config import DeepseekConfig
 from mla_jax.deepseek import DeepseekForCausalLM
 from mla_jax.rope import RopeConfig, YarnScaling
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 # The architectures of the checkpoints' config.json (https://huggingface.co/deepseek-ai,
 # https://huggingface.co/moonshotai).
@@ -122,7 +124,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, scale: flo
     return (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype)
 
 
-def randomized(module: nnx.Module) -> nnx.Module:
+def randomized(module: Module) -> Module:
     """Gives an abstract module (of `nnx.eval_shape`) random weights, made on the default device.
 
     Matrices are normal with a variance of 1 over their rows, so that activations keep theirs;

@@ -20,7 +20,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla_jax.bench import cases, models, op
-from mla_jax.bench.timing import Ceilings, Clock, Variant, interleave, measure_ceilings
+from mla_jax.bench.timing import (
+    Ceilings,
+    Clock,
+    Timed,
+    interleave,
+    measure_ceilings,
+    steps_that_fit,
+)
 from mla_jax.cache import PagedKVCache
 from mla_jax.config import DTYPES, DeepseekConfig
 from mla_jax.decode import check_implementation
@@ -160,7 +167,7 @@ class Session:
 
 
 class Steps:
-    """Steps with one implementation, as `timing.Variant` has them.
+    """Steps with one implementation, as `timing.Timed` has them.
 
     Args:
         compiled: `_decode`.
@@ -209,6 +216,7 @@ def run(
     rounds: int = 5,
     steps: int = 8,
     tick: Tick = lambda _: None,
+    done: Callable[[Report], None] = lambda _: None,
     profile: Callable[[str, Callable[[], Any]], None] | None = None,
     ceilings: Ceilings | None = None,
 ) -> Report:
@@ -222,9 +230,10 @@ def run(
         dtype: "bfloat16", "float16" or "float32".
         implementations: names of ours; by default those that run by default, so not "pallas".
         rounds: measurements of which the median counts.
-        steps: of the shorter of both runs whose difference is measured.
+        steps: most of the shorter of both runs whose difference is measured; slow ones take fewer.
         tick: told what is under way.
-        profile: given a name and a function that decodes `steps` steps, for each result.
+        done: given the report so far after each row.
+        profile: given a name and a function that decodes two steps, for each result.
         ceilings: of the device, if known; measured by default.
 
     Raises:
@@ -247,10 +256,10 @@ def run(
     names = check_implementation(implementations or ("ffi", "xla"))
     found = ceilings or measure_ceilings(kind, platform)
     tick("weights")
-    stack = models.randomized(nnx.eval_shape(lambda: Stack(config, kind, nnx.Rngs(0))))
-    weights, depth = models.num_bytes(stack), config.num_hidden_layers
-    graphdef, params = nnx.split(stack)
-    del stack
+    graphdef, params = nnx.split(
+        models.randomized(nnx.eval_shape(lambda: Stack(config, kind, nnx.Rngs(0))))
+    )
+    weights, depth = models.num_bytes(params), config.num_hidden_layers
     report = Report(model, depth, weights, dtype, rounds, steps, found, [])
     room = max(contexts) + 2 * steps
     inputs = {b: _input(config, b, kind) for b in batches}
@@ -284,18 +293,21 @@ def run(
             shape = cases.Shape(b, 1, context, config.num_attention_heads)
             calls = op.num_calls(shape, kind.itemsize)
             data = cases.draw(shape, 2 * calls, kind)
-            variants: dict[str, Variant] = {}
+            variants: dict[str, Timed] = {}
+            stacks: dict[str, Steps] = {}
             reasons = {}
             for name in names:
                 program = programs[b, name]
                 if isinstance(program, Exception):
                     reasons[name] = " ".join(str(program).split())[:300]
                     continue
-                step = Steps(program, (params, inputs[b]), session, context, steps)
-                step.run(1)
-                variants[f"op {name}"] = op.variant(name, shape, data, calls)
-                variants[f"op {name}"].first_result()
-                variants[name] = step
+                stack = Steps(program, (params, inputs[b]), session, context, steps)
+                stack.run(1)
+                stack.calls = steps_that_fit(stack.run(2) / 2, steps)
+                alone = op.variant(name, shape, data, calls)
+                alone.first_result()
+                variants[f"op {name}"] = alone
+                variants[name] = stacks[name] = stack
             tick(f"b {b}, context {context}")
             times = interleave(variants, rounds)
             floor = projections_floor(config, b, kind.itemsize, found) * depth
@@ -303,19 +315,22 @@ def run(
             for name in names:
                 if name in reasons:
                     continue
-                took, alone = times[name], times[f"op {name}"]
-                both = took is not None and alone is not None
+                took, own = times[name], times[f"op {name}"]
+                ratio = None
+                if took is not None and own is not None:
+                    ratio = took.median / (floor + depth * own.median)
                 results[name] = Result(
                     us=None if took is None else 1e6 * took.median,
                     us_low=None if took is None else 1e6 * took.low,
                     us_high=None if took is None else 1e6 * took.high,
-                    op_us=None if alone is None else 1e6 * alone.median,
-                    ratio=took.median / (floor + depth * alone.median) if both else None,
+                    op_us=None if own is None else 1e6 * own.median,
+                    ratio=ratio,
                 )
                 if profile is not None:
                     label = f"{model}-step-{b}-{context}-{name}"
-                    profile(label, functools.partial(variants[name].run, steps))
+                    profile(label, functools.partial(stacks[name].run, 2))
             report.rows.append(Row(b, context, pools[b], 1e6 * floor, results, reasons))
+            done(report)
             del data, variants
             gc.collect()
         del session
