@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import soak
 from flax import nnx
 from rich.console import Console
 
@@ -42,7 +43,7 @@ def test_presets_have_the_published_numbers_of_parameters(name, billions):
     assert models.preset(name, "cpu").d_cache == 576
 
 
-def test_random_weights_keep_the_variance_of_activations():
+def test_random_weights_have_the_variance_that_activations_keep():
     model = models.language_model(TINY, BF16)
     kernel = np.asarray(model.model.layers[1].mlp.experts.down_proj[...], np.float32)
     assert kernel.std() == pytest.approx(64**-0.5, rel=0.02)
@@ -50,10 +51,6 @@ def test_random_weights_keep_the_variance_of_activations():
     assert (np.asarray(model.model.norm.scale[...], np.float32) == 1).all()
     leaves = [np.asarray(x, np.float32) for x in jax.tree.leaves(nnx.state(model)) if x.ndim > 1]
     assert len({leaf.tobytes() for leaf in leaves}) == len(leaves)  # no two alike
-    graphdef, params = nnx.split(model)
-    logits = np.asarray(jax.jit(lambda p: nnx.merge(graphdef, p)(jnp.arange(8)[None]))(params))
-    assert np.isfinite(logits).all()
-    assert 0.3 < logits.std() < 3
 
 
 def test_the_cache_holds_what_a_prompt_would_leave():
@@ -214,3 +211,15 @@ def test_a_trace_is_summed_by_kernel():
 def test_presets_are_configs_that_are_read():
     for config in models.PRESETS.values():
         assert DeepseekConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_short_soak():
+    """The books of `soak.py` agree after sequences came and went, some forked, some refused."""
+    model = models.language_model(soak.CONFIG, jnp.dtype("float32"))
+    state = soak.run(*nnx.split(model), soak.start(jnp.dtype("float32")), 300)
+    soak.check(state)
+    assert min(map(int, (state.released, state.forked, state.refused))) > 3
+    assert soak.agree(state, None) < 1e-5
+    lost = dataclasses.replace(state.cache, refcounts=state.cache.refcounts.at[3].add(1))
+    with pytest.raises(AssertionError):
+        soak.check(dataclasses.replace(state, cache=lost))
