@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 
-# Of the host's calls that start work: a command buffer is one, however many kernels it holds.
-_LAUNCHES = ("cuGraphLaunch", "cuLaunchKernelEx", "cuLaunchKernel")
+# Its name without the number that XLA gives it, times launched, microseconds in all.
+Kernel = tuple[str, int, float]
 
 
-def trace(function: Callable[[], Any], folder: Path) -> dict[str, Any]:
+def trace(function: Callable[[], Any], folder: Path) -> list[Kernel]:
     """Runs a function once under the profiler.
 
     Args:
@@ -24,8 +24,8 @@ def trace(function: Callable[[], Any], folder: Path) -> dict[str, Any]:
         folder: where the trace goes, for TensorBoard and Perfetto.
 
     Returns:
-        `kernels`: (name without its number, times launched, microseconds in all), longest first;
-        `host`: how often the host started a command buffer or a kernel, by name of the call.
+        What ran on the device, longest first. Of a loop that is a command buffer as a whole, it
+        is one iteration.
     """
     with jax.profiler.trace(str(folder)):
         function()
@@ -34,7 +34,7 @@ def trace(function: Callable[[], Any], folder: Path) -> dict[str, Any]:
         return summary(json.load(file)["traceEvents"])
 
 
-def summary(events: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(events: list[dict[str, Any]]) -> list[Kernel]:
     """Sums a trace's events up, as `trace` returns them."""
     processes, threads = {}, {}
     for event in events:
@@ -43,7 +43,6 @@ def summary(events: list[dict[str, Any]]) -> dict[str, Any]:
         if event.get("ph") == "M" and event.get("name") == "thread_name":
             threads[event["pid"], event["tid"]] = event["args"]["name"]
     kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-    host: dict[str, int] = defaultdict(int)
     for event in events:
         if event.get("ph") != "X":
             continue
@@ -52,7 +51,5 @@ def summary(events: list[dict[str, Any]]) -> dict[str, Any]:
             entry = kernels[re.sub(r"(_|\.)\d+\b", "", event["name"])]
             entry[0] += 1
             entry[1] += event["dur"]
-        elif event["name"] in _LAUNCHES:
-            host[event["name"]] += 1
     rows = [(name, int(count), us) for name, (count, us) in kernels.items()]
-    return {"kernels": sorted(rows, key=lambda row: -row[2]), "host": dict(host)}
+    return sorted(rows, key=lambda row: -row[2])

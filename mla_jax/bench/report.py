@@ -19,6 +19,7 @@ import mla_jax
 from mla_jax.bench import generation, step
 from mla_jax.bench.op import Report, Result, Row
 from mla_jax.bench.peers import peer_versions
+from mla_jax.bench.profile import Kernel
 
 
 def ratios(report: Report) -> dict[str, list[float | None]]:
@@ -138,11 +139,11 @@ def print_steps(report: step.Report, console: Console) -> None:
     _print_reasons(report, console)
 
 
-def print_profile(name: str, found: dict[str, Any], console: Console) -> None:
-    """Prints what took longest, and how the host started it."""
-    total = sum(us for *_, us in found["kernels"])
-    console.print(f"{name}: {total:.0f} us on the device; host: {found['host']}", markup=False)
-    for kernel, count, us in found["kernels"][:25]:
+def print_profile(name: str, kernels: list[Kernel], console: Console) -> None:
+    """Prints what took longest on the device."""
+    total = sum(us for *_, us in kernels)
+    console.print(f"{name}: {total:.0f} us on the device", markup=False)
+    for kernel, count, us in kernels[:25]:
         console.print(f"{us:10.1f} us {us / total:6.1%} {count:6d} x  {kernel}", markup=False)
 
 
