@@ -8,10 +8,10 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from rich.progress import (
 from tokenizers import Tokenizer
 
 import mla_jax
-from mla_jax.bench import cases, op
+from mla_jax.bench import cases, generation, models, op, profile, step
 from mla_jax.bench import report as reporting
 from mla_jax.cache import PagedKVCache
 from mla_jax.checkpoint import read_json
@@ -119,6 +119,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=7, metavar="N", help="of which the median counts; default 7")
     add("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
     add("--out", type=Path, metavar="FOLDER", help="write results.json and pictures there")
+
+    for name, run, what in (
+        ("generate", _bench_generate, "tokens a second of a whole model, after a long context"),
+        ("step", _bench_step, "decode steps of a model's attention layers"),
+    ):
+        command = modes.add_parser(name, parents=[common], help=what)
+        command.set_defaults(run=run)
+        add = command.add_argument
+        add("--model", choices=models.PRESETS, default="deepseek-v2-lite", help="random weights")
+        add("--layers", type=int, metavar="N", help="the first N layers; default: all")
+        add("--batches", nargs="+", type=int, metavar="B", help="numbers of sequences")
+        if name == "generate":
+            add("--context", type=int, metavar="N", help="tokens in the cache; default 4096")
+        else:
+            add("--contexts", nargs="+", type=int, metavar="N", help="tokens in the cache")
+        add("--implementations", nargs="+", metavar="NAME", help="ours; default: ffi xla")
+        add("--steps", type=int, metavar="N", help="of the shorter of two runs that are compared")
+        add("--rounds", type=int, default=5, metavar="N", help="of which the median counts")
+        add("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
+        add("--profile", type=Path, metavar="FOLDER", help="trace each there, print its kernels")
+        add("--out", type=Path, metavar="FOLDER", help="write results.json there")
 
     command = commands.add_parser(
         "info", parents=[common], help="show devices, versions and the implementation that runs"
@@ -324,6 +345,64 @@ def _bench_op(args: argparse.Namespace) -> None:
         )
     if missing is not None:
         print(f"mla-jax: {missing}", file=sys.stderr)
+
+
+def _bench_generate(args: argparse.Namespace) -> None:
+    options = {"batches": args.batches, "context": args.context}
+    _bench_steps("generate", args, generation.run, reporting.print_generation, options)
+
+
+def _bench_step(args: argparse.Namespace) -> None:
+    options = {"batches": args.batches, "contexts": args.contexts}
+    _bench_steps("step", args, step.run, reporting.print_steps, options)
+
+
+def _bench_steps(
+    command: str,
+    args: argparse.Namespace,
+    run: Callable[..., Any],
+    show: Callable[[Any, Console], None],
+    options: dict[str, Any],
+) -> None:
+    """Runs and shows what measures decode steps."""
+    out = Console(highlight=False, soft_wrap=True)
+    out = out if out.is_terminal else Console(highlight=False, width=200)
+    profiles = {}
+
+    def trace(name: str, function: Callable[[], Any]) -> None:
+        profiles[name] = profile.trace(function, args.profile / name)
+
+    def as_json(report: Any) -> str:
+        return json.dumps(reporting.steps_to_json(command, report) | {"profiles": profiles})
+
+    def write(report: Any) -> None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "results.json").write_text(as_json(report) + "\n", encoding="utf-8")
+
+    if args.steps is not None:
+        options["steps"] = args.steps
+    console = Console(stderr=True)
+    with console.status("ceilings") as status:
+        found = run(
+            args.model,
+            layers=args.layers,
+            dtype=args.dtype,
+            implementations=args.implementations,
+            rounds=args.rounds,
+            tick=status.update,
+            # A run that is stopped keeps the rows that it has.
+            done=lambda so_far: None if args.out is None else write(so_far),
+            profile=None if args.profile is None else trace,
+            **options,
+        )
+    if args.out is not None:
+        write(found)
+    if args.json:
+        print(as_json(found))
+        return
+    show(found, out)
+    for name, kernels in profiles.items():
+        reporting.print_profile(name, kernels, out)
 
 
 def _info(args: argparse.Namespace) -> None:

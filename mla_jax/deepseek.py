@@ -14,7 +14,8 @@ from mla_jax import checkpoint
 from mla_jax.cache import PagedKVCache
 from mla_jax.config import DeepseekConfig
 from mla_jax.decode import Implementation
-from mla_jax.module import MultiHeadLatentAttention
+from mla_jax.linear import dot_general
+from mla_jax.module import Absorbed, MultiHeadLatentAttention
 from mla_jax.moe import Mlp, MoE
 from mla_jax.partitioning import TENSOR, cut
 from mla_jax.schedule import get_mla_metadata
@@ -41,6 +42,7 @@ class DecoderLayer(nnx.Module):
                 bias_metadata=cut(by[1]),
                 dtype=dtype,
                 param_dtype=param_dtype,
+                dot_general=dot_general,
                 rngs=rngs,
             )
 
@@ -122,6 +124,7 @@ class DeepseekForCausalLM(nnx.Module):
                 kernel_metadata=cut(None, TENSOR),
                 dtype=self.dtype,
                 param_dtype=param_dtype,
+                dot_general=dot_general,
                 rngs=rngs,
             )
 
@@ -199,6 +202,7 @@ class DeepseekForCausalLM(nnx.Module):
         cache: PagedKVCache,
         *,
         prefill: bool = False,
+        absorbed: list[Absorbed] | None = None,
         implementation: Implementation = None,
     ) -> tuple[jax.Array, PagedKVCache]:
         """Runs new tokens through the model over the cache.
@@ -208,6 +212,7 @@ class DeepseekForCausalLM(nnx.Module):
                 columns.
             cache: after `cache.reserve` for these tokens.
             prefill: expand keys and values (for many new tokens) instead of absorbing them.
+            absorbed: what `absorb` gave, for the steps of a loop.
             implementation: of decode, as for `flash_mla_with_kvcache`.
 
         Returns:
@@ -228,12 +233,21 @@ class DeepseekForCausalLM(nnx.Module):
                     out, cache = attention.prefill(x, cache, index)
                 else:
                     out, cache = attention.decode(
-                        x, cache, index, schedule=schedule, implementation=implementation
+                        x,
+                        cache,
+                        index,
+                        absorbed=None if absorbed is None else absorbed[index],
+                        schedule=schedule,
+                        implementation=implementation,
                     )
                 return out
 
             x = layer(x, attend)
         return self._logits(self.model.norm(x[:, -1])), cache
+
+    def absorb(self) -> list[Absorbed]:
+        """Prepares every layer's absorbed projections, for a loop of steps."""
+        return [layer.self_attn.absorb() for layer in self.model.layers]
 
     def _logits(self, x: jax.Array) -> jax.Array:
         if self.config.tie_word_embeddings:

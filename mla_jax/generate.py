@@ -241,6 +241,7 @@ def _decode(
 
     def run(params: Any, state: _State, limit: jax.Array) -> _State:
         model = nnx.merge(graphdef, params)
+        absorbed = model.absorb()
 
         def unfinished(state: _State) -> jax.Array:
             runs = ~state.finished & (state.num_tokens < limit)
@@ -250,7 +251,9 @@ def _decode(
             column = state.num_tokens[:, None] - 1
             last = jnp.take_along_axis(state.tokens, column, axis=1, mode="clip")
             cache, granted = state.cache.reserve(jnp.where(state.finished, 0, 1))
-            logits, cache = model.step(last, cache, implementation=implementation)
+            logits, cache = model.step(
+                last, cache, absorbed=absorbed, implementation=implementation
+            )
             return state.take(logits, cache, granted)
 
         return jax.lax.while_loop(unfinished, body, state)

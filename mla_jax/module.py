@@ -13,9 +13,13 @@ from flax.typing import Dtype, Initializer
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.decode import Implementation, flash_mla_with_kvcache
+from mla_jax.linear import dot_general
 from mla_jax.partitioning import TENSOR, cut
 from mla_jax.rope import RopeConfig, apply_rope, rope_tables, softmax_scale
 from mla_jax.xla import attend_pages, capacity, visible_tokens
+
+# W_UK and W_UV of a layer.
+Absorbed = tuple[jax.Array, jax.Array]
 
 _LATENT_NORM_EPS = 1e-6  # of both latent norms in every DeepSeek model, whatever rms_norm_eps says
 
@@ -105,6 +109,7 @@ class MultiHeadLatentAttention(nnx.Module):
                 dtype=dtype,
                 param_dtype=param_dtype,
                 kernel_init=kernel_init,
+                dot_general=dot_general,
                 rngs=rngs,
             )
 
@@ -179,6 +184,7 @@ class MultiHeadLatentAttention(nnx.Module):
         cache: PagedKVCache,
         layer: int | jax.Array,
         *,
+        absorbed: Absorbed | None = None,
         schedule: tuple[jax.Array, jax.Array] | None = None,
         implementation: Implementation = None,
     ) -> tuple[jax.Array, PagedKVCache]:
@@ -192,6 +198,7 @@ class MultiHeadLatentAttention(nnx.Module):
                 the t columns, what stands before them is padding.
             cache: after `cache.reserve` for these tokens.
             layer: index of this layer in the cache.
+            absorbed: what `absorb` gave, for the steps of a loop; None does it anew.
             schedule: `get_mla_metadata(cache.seqlens, t * num_heads, 1)`, to share it among layers;
                 None schedules inside the op.
             implementation: as for `flash_mla_with_kvcache`.
@@ -200,7 +207,7 @@ class MultiHeadLatentAttention(nnx.Module):
             `[max_seqs, t, hidden_size]`, meaningless in padding columns, and the cache.
         """
         q_nope, q_pe, cache = self._append(x, cache, layer)
-        w_uk, w_uv = self._absorbed_kv_b_proj(q_nope.dtype)
+        w_uk, w_uv = (x.astype(q_nope.dtype) for x in absorbed or self.absorb())
         q_latent = jnp.einsum("bthn,chn->bthc", q_nope, w_uk)
         metadata, num_splits = schedule or (None, None)
         out, _ = flash_mla_with_kvcache(
@@ -217,6 +224,15 @@ class MultiHeadLatentAttention(nnx.Module):
         )
         out = jnp.einsum("bthc,chv->bthv", out.astype(q_nope.dtype), w_uv)
         return self._project(out), cache
+
+    def absorb(self) -> Absorbed:
+        """Takes `kv_b_proj` apart into W_UK `[c, h, n]` and W_UV `[c, h, v]`, for `decode`.
+
+        XLA copies both for its matrix products. Inside a step that is done in each of them; done
+        once before a loop of steps, it costs as much memory as `kv_b_proj` itself.
+        """
+        kernel = self.kv_b_proj.kernel[...].reshape(self.kv_lora_rank, self.num_heads, -1)
+        return kernel[..., : self.qk_nope_head_dim], kernel[..., self.qk_nope_head_dim :]
 
     def prefill(
         self, x: jax.Array, cache: PagedKVCache, layer: int | jax.Array
@@ -283,12 +299,6 @@ class MultiHeadLatentAttention(nnx.Module):
             k_pe[:, :, None].astype(k_nope.dtype), (*k_nope.shape[:3], self.qk_rope_head_dim)
         )
         return jnp.concatenate([k_nope, k_pe], axis=-1), v
-
-    def _absorbed_kv_b_proj(self, dtype: Dtype) -> tuple[jax.Array, jax.Array]:
-        """Views kv_b_proj as W_UK `[c, h, n]` and W_UV `[c, h, v]`."""
-        kernel = self.kv_b_proj.kernel[...].astype(dtype)
-        kernel = kernel.reshape(self.kv_lora_rank, self.num_heads, -1)
-        return kernel[..., : self.qk_nope_head_dim], kernel[..., self.qk_nope_head_dim :]
 
     def _append(
         self, x: jax.Array, cache: PagedKVCache, layer: int | jax.Array

@@ -194,6 +194,18 @@ MUTANTS = {
         "moe.py", "jnp.take_along_axis(scores, experts", "jnp.take_along_axis(choice, experts",
         "test_deepseek.py -k 'router'",
     ),
+    "experts not chosen times 0": Mutant(
+        "moe.py", "jnp.where(share > 0, hidden * share, 0)", "(hidden * share)",
+        "test_deepseek.py -k 'few_tokens'",
+    ),
+    "every layer absorbs the first one's weights": Mutant(
+        "deepseek.py", "absorbed=None if absorbed is None else absorbed[index]",
+        "absorbed=None if absorbed is None else absorbed[0]", "test_deepseek.py -k absorbed",
+    ),
+    "a benchmark's runs grow from where the last ended": Mutant(
+        "bench/generation.py", "jnp.int32(self.context))", "self.state.cache.seqlens[0])",
+        "test_bench_steps.py -k 'difference'",
+    ),
     "FP8 blocks counted along the wrong axis": Mutant(
         "checkpoint.py", "rows = np.arange(w.shape[0]) // block[0]",
         "rows = np.arange(w.shape[0]) % scale.shape[0]", "test_checkpoint.py -k fp8",

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model against Hugging Face's float32 outputs on the reference checkpoints."""
 
+import re
 from functools import partial
 
 import checkpoints
@@ -10,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import export
 
 from mla_jax import DeepseekForCausalLM, PagedKVCache, generate
-from mla_jax.moe import MoE
+from mla_jax.config import DeepseekConfig
+from mla_jax.linear import dot_general
+from mla_jax.moe import Experts, MoE
 from mla_jax.rope import inverse_frequencies, rope_tables
 
 LOGITS = {"rtol": 0, "atol": 2e-3}
@@ -157,3 +161,77 @@ def test_bfloat16_stays_close(tmp_path):
         out = np.asarray(_apply(*nnx.split(layer.self_attn), x)[0], np.float32)
         expected = exact.oracle[f"attn_out_{index}"]
         assert np.linalg.norm(out - expected) < 1e-2 * np.linalg.norm(expected)
+
+
+def _experts(x, ids, weights, kernels):
+    """The definition, token by token in float64."""
+    gate, up, down = (np.asarray(kernel, np.float64) for kernel in kernels)
+    out = np.zeros_like(x, np.float64)
+    for i, token in enumerate(x.astype(np.float64)):
+        for e, weight in zip(ids[i], weights[i], strict=True):
+            a = token @ gate[e]
+            out[i] += weight * ((a / (1 + np.exp(-a)) * (token @ up[e])) @ down[e])
+    return out
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9])
+def test_experts_of_few_tokens_several_and_in_turns(n, monkeypatch):
+    """An expert that a token did not choose has no part in it, whatever it makes of the token."""
+    monkeypatch.setattr("mla_jax.moe._TOKENS_AT_A_TIME", 4)
+    config = DeepseekConfig(
+        "deepseek_v2", 8, 12, 8, 2, 1, n_routed_experts=9, moe_intermediate_size=6,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    experts = Experts(config, dtype=None, param_dtype=jnp.float32, rngs=nnx.Rngs(1))
+    for kernel in (experts.gate_proj, experts.up_proj, experts.down_proj):
+        kernel[...] = kernel[...].at[8].set(1e30)  # its products overflow
+    rng = np.random.default_rng(n)
+    x = rng.standard_normal((n, 12), np.float32)
+    ids = np.stack([rng.permutation(8)[:2] for _ in range(n)])  # all different, never the last
+    weights = rng.random((n, 2), np.float32)
+    kernels = [k[...] for k in (experts.gate_proj, experts.up_proj, experts.down_proj)]
+    expected = _experts(x, ids, weights, kernels)
+    out = _apply(*nnx.split(experts), x, ids, weights)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+    def total(x):
+        return (experts(x, ids, weights) ** 2).sum()
+
+    assert np.isfinite(jax.grad(total)(x)).all()
+
+
+def test_one_row_is_multiplied_as_two_on_gpus():
+    """XLA would make a sum over products of elements, which it may write to memory."""
+    layer = partial(dot_general, dimension_numbers=(((2,), (0,)), ((), ())))
+    kernel = jax.ShapeDtypeStruct((4, 6), jnp.bfloat16)
+    for platform, shape, rows in [
+        ("cuda", (1, 1, 4), 2),
+        ("cpu", (1, 1, 4), 1),
+        ("cuda", (3, 1, 4), 3),
+    ]:
+        x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        text = export.export(jax.jit(layer), platforms=[platform])(x, kernel).mlir_module()
+        assert re.findall(r"dot_general.*-> tensor<(\d+)x1x6xbf16>", text) == [str(rows)]
+    x, kernel = (
+        np.random.default_rng(0).standard_normal(s, np.float32) for s in ((1, 1, 4), (4, 6))
+    )
+    np.testing.assert_allclose(layer(x, kernel), x @ kernel, rtol=1e-5)
+
+
+def test_absorbed_once_or_in_every_step():
+    model = DeepseekForCausalLM(
+        DeepseekConfig("deepseek_v2", 8, 12, 8, 2, 3, None, 16, 6, 4, 10), rngs=nnx.Rngs(0)
+    )
+    cache = _new_cache(model, 2, 4, 16)
+    cache, _ = cache.reserve(jnp.array([1, 1]))
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def step(absorbed):
+        tokens = jnp.array([[1], [2]])
+        return nnx.merge(graphdef, params).step(tokens, cache, absorbed=absorbed)[0]
+
+    expected = step(None)
+    np.testing.assert_allclose(step(model.absorb()), expected, rtol=1e-5, atol=1e-6)
+    swapped = step(model.absorb()[::-1])
+    assert not np.allclose(swapped, expected, rtol=1e-3)  # each layer takes its own

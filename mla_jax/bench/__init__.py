@@ -2,5 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measurements, for `mla-jax bench`: our implementations, and the peers found installed.
 
-Imports go one way: op -> {peers, report, timing} -> cases. Only `peers` knows torch.
+Imports go one way: report -> {step, generation} -> {op, models} -> {peers, timing} -> cases. Only
+`peers` knows torch.
 """

@@ -192,7 +192,7 @@ def _measure(
     ceilings: Ceilings,
     tick: Tick,
 ) -> Row:
-    calls = _num_calls(shape, dtype.itemsize)
+    calls = num_calls(shape, dtype.itemsize)
     tick(f"{shape}: data")
     data = cases.draw(shape, 2 * calls, dtype)
     checked = cases.some_sequences(shape.lengths())
@@ -204,7 +204,7 @@ def _measure(
         reason = _reason(name, shape, data)
         if reason is None:
             try:
-                variants[name] = _variant(name, shape, data, calls)
+                variants[name] = variant(name, shape, data, calls)
                 got = variants[name].first_result()
                 errors[name] = cases.relative_error(got[checked], expected)
                 continue
@@ -231,7 +231,7 @@ def _measure(
     return Row(shape, tokens, moved, flops, 1e6 * floor, results, reasons)
 
 
-def _num_calls(shape: Shape, itemsize: int) -> int:
+def num_calls(shape: Shape, itemsize: int) -> int:
     """Counts the calls of a program: each pool once, and enough that a launch does not show."""
     pools = cases.num_pools(shape, itemsize)
     if jax.default_backend() == "cpu":
@@ -257,7 +257,8 @@ def _reason(name: str, shape: Shape, data: Data) -> str | None:
     return explain(*data.call(0), **options).reasons.get(name)
 
 
-def _variant(name: str, shape: Shape, data: Data, calls: int) -> Variant:
+def variant(name: str, shape: Shape, data: Data, calls: int) -> Variant:
+    """Returns what measures one name, ours or a peer's."""
     if name in PEERS:
         return PeerVariant(name, shape, data, calls)
     calls = min(calls, _MAX_CALLS.get(name, calls))

@@ -67,7 +67,8 @@ class PeerVariant:
         self._torch = torch
         arrays = (data.queries[:calls], data.pools, data.tables[:calls], data.lengths)
         tensors = Data(*jax.tree.map(torch.from_dlpack, jax.block_until_ready(arrays)))
-        call = _CALLS[name](shape, tensors)
+        # The graph reads what the call closes over (a schedule, caches laid out anew): kept.
+        self._call = call = _CALLS[name](shape, tensors)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # whatever a first call sets up stays out of the graph

@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 import mla_jax
+from mla_jax.bench import generation, step
 from mla_jax.bench.op import Report, Result, Row
 from mla_jax.bench.peers import peer_versions
+from mla_jax.bench.profile import Kernel
 
 
 def ratios(report: Report) -> dict[str, list[float | None]]:
@@ -55,22 +57,111 @@ def to_json(report: Report) -> dict[str, Any]:
         entry["better_peer"] = row.better_peer()
         rows.append(entry)
     columns = ratios(report)
+    return _header("op", report) | {
+        "versions": {"mla-jax": mla_jax.__version__, "jax": jax.__version__} | peer_versions(),
+        "rows": rows,
+        "ratios": columns,
+        "geometric_means": {name: geometric_mean(values) for name, values in columns.items()},
+    }
+
+
+def _header(command: str, report: Report | generation.Report | step.Report) -> dict[str, Any]:
     return {
         "schema": 1,
-        "command": "op",
+        "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
-        "versions": {"mla-jax": mla_jax.__version__, "jax": jax.__version__} | peer_versions(),
+        "versions": {"mla-jax": mla_jax.__version__, "jax": jax.__version__},
         "dtype": report.dtype,
         "rounds": report.rounds,
         "ceilings": {
             "read_bytes_per_second": report.ceilings.read,
             "product_flops_per_second": report.ceilings.product,
         },
-        "rows": rows,
-        "ratios": columns,
-        "geometric_means": {name: geometric_mean(values) for name, values in columns.items()},
     }
+
+
+def steps_to_json(command: str, report: generation.Report | step.Report) -> dict[str, Any]:
+    """Returns a run of `generate` or `step` as JSON holds it."""
+    names = ("model", "layers", "weight_bytes", "steps")
+    fields = {name: getattr(report, name) for name in names}
+    return _header(command, report) | fields | {"rows": [asdict(row) for row in report.rows]}
+
+
+def print_generation(report: generation.Report, console: Console) -> None:
+    """Prints the table of `generate`."""
+    _print_steps_header(report, console)
+    console.print("each cell: ms a step, floor over it, tokens/s", markup=False)
+    names = list(dict.fromkeys(name for row in report.rows for name in row.results))
+    table = Table(box=SIMPLE)
+    for heading in ("b", "context", "floor ms", "cache GB", "peak GB", *names):
+        table.add_column(heading, justify="right")
+    for row in report.rows:
+        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.1f}"
+        cells = [str(row.b), str(row.context), f"{row.floor_ms:.3f}"]
+        cells += [f"{row.cache_bytes / 1e9:.2f}", peak]
+        for name in names:
+            found = row.results.get(name)
+            if found is None or found.ms is None or found.tokens_per_second is None:
+                cells.append("-" if found is None else "noise")
+                continue
+            share = row.floor_ms / found.ms
+            cells.append(f"{found.ms:.3f} {share:.2f} {found.tokens_per_second:.0f}")
+        table.add_row(*cells)
+    console.print(table)
+    _print_reasons(report, console)
+
+
+def print_steps(report: step.Report, console: Console) -> None:
+    """Prints the table of `step`."""
+    _print_steps_header(report, console)
+    console.print(
+        "each cell: us a step, the op's own of one layer, step over projections + layers * op",
+        markup=False,
+    )
+    names = list(dict.fromkeys(name for row in report.rows for name in row.results))
+    table = Table(box=SIMPLE)
+    for heading in ("b", "context", "pools", "projections us", *names):
+        table.add_column(heading, justify="right")
+    for row in report.rows:
+        cells = [str(row.b), str(row.context), f"{row.pools} of {report.layers}"]
+        cells += [f"{row.projections_us:.0f}"]
+        for name in names:
+            found = row.results.get(name)
+            if found is None or found.ratio is None:
+                cells.append("-" if found is None else "noise")
+                continue
+            cells.append(f"{found.us:.0f} {found.op_us:.1f} {found.ratio:.2f}")
+        table.add_row(*cells)
+    console.print(table)
+    if any(row.pools < report.layers for row in report.rows):
+        console.print("layers share pools: memory is short of one for each", markup=False)
+    _print_reasons(report, console)
+
+
+def print_profile(name: str, kernels: list[Kernel], console: Console) -> None:
+    """Prints what took longest on the device."""
+    total = sum(us for *_, us in kernels)
+    console.print(f"{name}: {total:.0f} us on the device", markup=False)
+    for kernel, count, us in kernels[:25]:
+        console.print(f"{us:10.1f} us {us / total:6.1%} {count:6d} x  {kernel}", markup=False)
+
+
+def _print_steps_header(report: generation.Report | step.Report, console: Console) -> None:
+    ceilings = report.ceilings
+    console.print(
+        f"{jax.devices()[0].device_kind}, {report.model}, {report.layers} layers of "
+        f"{report.weight_bytes / 1e9:.2f} GB, {report.dtype}, random weights and latents, median "
+        f"of {report.rounds} rounds; ceilings of this run: read {ceilings.read / 1e9:.0f} GB/s, "
+        f"product {ceilings.product / 1e12:.2f} TFLOP/s",
+        markup=False,
+    )
+
+
+def _print_reasons(report: generation.Report | step.Report, console: Console) -> None:
+    for row in report.rows:
+        for name, why in row.reasons.items():
+            console.print(f"not {name} at b {row.b}: {why}", markup=False)
 
 
 def print_report(report: Report, console: Console) -> None:

@@ -21,19 +21,24 @@ from mla_jax.bench.cases import Data
 
 Clock = Callable[[], float]
 Op = Callable[..., tuple[jax.Array, jax.Array]]
+_RUN = 0.3  # seconds of a run, where each call takes long
 _PAUSE = 0.002  # seconds between measurements: a card near its power limit slows who comes next
 
 
-class Variant(Protocol):
-    """Something that can be timed, and whose result can be checked."""
+class Timed(Protocol):
+    """Something that can be timed."""
+
+    def measure(self) -> float:
+        """Returns the seconds of a call, measured once."""
+
+
+class Variant(Timed, Protocol):
+    """A form of the op, whose result can be checked."""
 
     calls: int
 
     def first_result(self) -> np.ndarray:
         """Returns what call 0 of the timed program gives, `[b, s_q, h_q, 512]`."""
-
-    def measure(self) -> float:
-        """Returns the seconds of a call, measured once."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,11 @@ def slope(short: Callable[[], Any], long: Callable[[], Any], calls: int, clock: 
     """Returns the seconds of a call from a program of `calls` calls and one of twice as many."""
     once = _seconds(short, clock)
     return (_seconds(long, clock) - once) / calls
+
+
+def steps_that_fit(seconds: float, most: int) -> int:
+    """Returns how many steps of so many seconds make a run that is long enough, at most `most`."""
+    return max(1, min(most, int(_RUN / max(seconds, 1e-9))))
 
 
 def _seconds(program: Callable[[], Any], clock: Clock) -> float:
@@ -115,7 +125,7 @@ class JaxVariant:
 
 
 def interleave(
-    variants: Mapping[str, Variant],
+    variants: Mapping[str, Timed],
     rounds: int,
     *,
     seed: int = 0,

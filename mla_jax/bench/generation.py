@@ -1,0 +1,297 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""`mla-jax bench generate`: tokens a second of `generate`'s own loop, after a long context."""
+
+import dataclasses
+import functools
+import gc
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mla_jax.bench import models
+from mla_jax.bench.timing import (
+    Ceilings,
+    Clock,
+    interleave,
+    measure_ceilings,
+    steps_that_fit,
+)
+from mla_jax.config import DTYPES, DeepseekConfig
+from mla_jax.decode import check_implementation
+from mla_jax.generate import Sampling, _decode, _State
+
+Tick = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one implementation gave at one batch.
+
+    Attributes:
+        ms: milliseconds of a step, the median over rounds; None where noise covers it.
+        ms_low: the lower quartile.
+        ms_high: the upper quartile.
+        tokens_per_second: of all sequences together.
+        same_first_tokens: share of the sequences whose first new token is that of the first
+            implementation: random weights leave the most likely token to rounding in some.
+    """
+
+    ms: float | None
+    ms_low: float | None
+    ms_high: float | None
+    tokens_per_second: float | None
+    same_first_tokens: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """The results at one batch.
+
+    Attributes:
+        b: sequences.
+        context: tokens of each before the first step.
+        floor_ms: least time for a step to read the weights it needs (of experts, the number that
+            tokens hit on average if all are equally likely) and the cache once.
+        cache_bytes: of the pool.
+        peak_bytes: most memory in use so far, as the device counts; None where it does not.
+        results: by name.
+        reasons: why the others gave none, by name.
+    """
+
+    b: int
+    context: int
+    floor_ms: float
+    cache_bytes: int
+    peak_bytes: int | None
+    results: dict[str, Result]
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole run.
+
+    Attributes:
+        model: its name.
+        layers: how many of its layers ran.
+        weight_bytes: of the model.
+        dtype: of weights, computation and cache.
+        rounds: that count.
+        steps: of the shorter of both runs whose difference is measured.
+        ceilings: of the device, measured in this run.
+        rows: one a batch.
+    """
+
+    model: str
+    layers: int
+    weight_bytes: int
+    dtype: str
+    rounds: int
+    steps: int
+    ceilings: Ceilings
+    rows: list[Row]
+
+
+class Session:
+    """The state of `generate`'s decode loop, which all implementations take in turn.
+
+    Its cache is as after prompts of `context` tokens, of random latents.
+    """
+
+    def __init__(self, config: DeepseekConfig, b: int, context: int, steps: int, dtype: jnp.dtype):
+        cache = models.filled_cache(
+            num_layers=config.num_hidden_layers,
+            b=b,
+            room=context + 2 * steps,
+            d_k=config.d_cache,
+            dtype=dtype,
+        )
+        self.context = context
+        self.table = jnp.copy(cache.block_table)
+        self.state = _State(
+            cache=cache,
+            prompt=jnp.arange(b, dtype=jnp.int32),
+            tokens=jax.random.randint(jax.random.key(2), (b, 2 * steps + 1), 0, config.vocab_size),
+            num_tokens=jnp.ones(b, jnp.int32),
+            finished=jnp.zeros(b, bool),
+            starved=jnp.zeros(b, bool),
+            eos=jnp.zeros(0, jnp.int32),
+            sampling=Sampling.create(),
+        )
+
+    def rewind(self) -> Any:
+        """Gives the state away, at the end of the context with one token drawn."""
+        cache = models.at_context(self.state.cache, self.table, jnp.int32(self.context))
+        ones = jnp.ones_like(self.state.num_tokens)
+        return jax.block_until_ready(dataclasses.replace(self.state, cache=cache, num_tokens=ones))
+
+
+class Loop:
+    """The loop with one implementation, as `timing.Timed` has it.
+
+    Args:
+        compiled: `generate`'s decode loop.
+        params: of the model.
+        session: what it works on.
+        steps: of the shorter of the two runs whose difference is measured.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        params: Any,
+        session: Session,
+        steps: int,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.calls = steps
+        self._compiled, self._params = compiled, params
+        self._session, self._clock = session, clock
+
+    def first_result(self) -> np.ndarray:
+        """Returns the first token that each sequence gets."""
+        self.run(1)
+        return np.asarray(self._session.state.tokens[:, 1])
+
+    def measure(self) -> float:
+        """Returns the seconds of a step."""
+        return (self.run(2 * self.calls) - self.run(self.calls)) / self.calls
+
+    def run(self, steps: int) -> float:
+        """Decodes some steps from the end of the context; returns the seconds it took."""
+        state, limit = self._session.rewind(), jnp.int32(1 + steps)
+        start = self._clock()
+        self._session.state = jax.block_until_ready(self._compiled(self._params, state, limit))
+        return self._clock() - start
+
+
+def run(
+    model: str,
+    *,
+    layers: int | None = None,
+    batches: Sequence[int] | None = None,
+    context: int | None = None,
+    dtype: str = "bfloat16",
+    implementations: Sequence[str] | None = None,
+    rounds: int = 5,
+    steps: int = 16,
+    tick: Tick = lambda _: None,
+    done: Callable[[Report], None] = lambda _: None,
+    profile: Callable[[str, Callable[[], Any]], None] | None = None,
+    ceilings: Ceilings | None = None,
+) -> Report:
+    """Measures decode steps of a whole model with random weights.
+
+    Args:
+        model: a name of `models.PRESETS`.
+        layers: how many of its layers; all by default.
+        batches: numbers of sequences.
+        context: tokens in the cache of each before the first step.
+        dtype: "bfloat16", "float16" or "float32".
+        implementations: names of ours; by default those that run by default, so not "pallas".
+        rounds: measurements of which the median counts.
+        steps: most of the shorter of both runs whose difference is measured; slow ones take fewer.
+        tick: told what is under way.
+        done: given the report so far after each row.
+        profile: given a name and a function that decodes two steps, for each result.
+        ceilings: of the device, if known; measured by default.
+
+    Raises:
+        ValueError: an argument is wrong.
+    """
+    platform = jax.default_backend()
+    small = platform == "cpu"
+    config = models.preset(model, platform, layers)
+    batches = (1, 4) if small and batches is None else batches or (1, 32, 128)
+    context = (256 if small else 4096) if context is None else context
+    for name, value in (("rounds", rounds), ("steps", steps), ("context", context)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    if min(batches) < 1:
+        raise ValueError(f"batches: got {list(batches)}, expected positive numbers")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
+    kind = jnp.dtype(dtype)
+    names = check_implementation(implementations or ("ffi", "xla"))
+    found = ceilings or measure_ceilings(kind, platform)
+    tick("weights")
+    language_model = models.language_model(config, kind)
+    weights = models.num_bytes(language_model)
+    graphdef, params = nnx.split(language_model)
+    del language_model
+    report = Report(model, config.num_hidden_layers, weights, dtype, rounds, steps, found, [])
+
+    def compiled(job: tuple[int, str]) -> Any:
+        b, name = job
+        state = jax.eval_shape(lambda: Session(config, b, context, steps, kind).state)
+        try:
+            return _decode.lower(
+                graphdef, params, state, jnp.int32(0), implementation=name, mesh=None
+            ).compile()
+        except Exception as error:  # one that fails must not take the others with it
+            return error
+
+    tick("compilation")
+    jobs = [(b, name) for b in batches for name in names]
+    with ThreadPoolExecutor(len(jobs)) as workers:
+        programs = dict(zip(jobs, workers.map(compiled, jobs), strict=True))
+
+    for b in batches:
+        session = Session(config, b, context, steps, kind)
+        variants, first, reasons = {}, {}, {}
+        for name in names:
+            program = programs[b, name]
+            if isinstance(program, Exception):
+                reasons[name] = " ".join(str(program).split())[:300]
+                continue
+            variants[name] = Loop(program, params, session, steps)
+            first[name] = variants[name].first_result()
+            variants[name].calls = steps_that_fit(variants[name].run(2) / 2, steps)
+        tick(f"b {b}")
+        times = interleave(variants, rounds)
+        results = {
+            name: Result(
+                ms=None if time is None else 1e3 * time.median,
+                ms_low=None if time is None else 1e3 * time.low,
+                ms_high=None if time is None else 1e3 * time.high,
+                tokens_per_second=None if time is None else b / time.median,
+                same_first_tokens=float(np.mean(first[name] == next(iter(first.values())))),
+            )
+            for name, time in times.items()
+        }
+        if profile is not None:
+            for name, variant in variants.items():
+                profile(f"{model}-{b}-{name}", functools.partial(variant.run, 2))
+        cached = models.num_bytes(session.state.cache.pages)
+        needed = _bytes_needed(config, weights, b, context, kind.itemsize)
+        peak = models.memory_stats().get("peak_bytes_in_use")
+        floor = 1e3 * needed / found.read
+        report.rows.append(Row(b, context, floor, cached, peak, results, reasons))
+        done(report)
+        del session, variants
+        gc.collect()  # this cache, before the next
+    return report
+
+
+def _bytes_needed(
+    config: DeepseekConfig, weights: int, b: int, context: int, itemsize: int
+) -> float:
+    """Counts the bytes that a step must read: weights, of experts those hit, and the cache."""
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    idle = 0.0
+    if config.n_routed_experts:
+        width = config.hidden_size * config.moe_intermediate_size
+        layers = config.num_hidden_layers - config.first_k_dense_replace
+        missed = (1 - config.num_experts_per_tok / config.n_routed_experts) ** b
+        idle = max(layers, 0) * config.n_routed_experts * 3 * width * missed
+    cached = b * context * config.num_hidden_layers * config.d_cache
+    return weights + itemsize * (cached - embedding - idle)

@@ -1,0 +1,368 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""`mla-jax bench step`: decode steps of a stack of attention layers, against what they are made of.
+
+A layer is a norm, the attention with all its projections and the residual sum; there is no
+feed-forward. The floor of a step is that of its matrix products, by the ceilings of the device,
+plus the op's own time, measured in turn with the steps.
+"""
+
+import functools
+import gc
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mla_jax.bench import cases, models, op
+from mla_jax.bench.timing import (
+    Ceilings,
+    Clock,
+    Timed,
+    interleave,
+    measure_ceilings,
+    steps_that_fit,
+)
+from mla_jax.cache import PagedKVCache
+from mla_jax.config import DTYPES, DeepseekConfig
+from mla_jax.decode import check_implementation
+from mla_jax.module import MultiHeadLatentAttention
+from mla_jax.schedule import get_mla_metadata
+
+Tick = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one implementation gave.
+
+    Attributes:
+        us: microseconds of a step, the median over rounds; None where noise covers it.
+        us_low: the lower quartile.
+        us_high: the upper quartile.
+        op_us: the op's own time, of one layer.
+        ratio: `us` over the floor: the projections' and `layers * op_us`.
+    """
+
+    us: float | None
+    us_low: float | None
+    us_high: float | None
+    op_us: float | None
+    ratio: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """The results at one batch and context.
+
+    Attributes:
+        b: sequences, one new token each.
+        context: tokens of each before the first step.
+        pools: how many layers have a cache of their own; where memory is short, the others share
+            them (each layer still reads and writes as much, and no pool stays in a cache).
+        projections_us: floor of the matrix products of all layers.
+        results: by name.
+        reasons: why the others gave none, by name.
+    """
+
+    b: int
+    context: int
+    pools: int
+    projections_us: float
+    results: dict[str, Result]
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole run.
+
+    Attributes:
+        model: its name.
+        layers: in the stack.
+        weight_bytes: of the stack.
+        dtype: of weights, computation and cache.
+        rounds: that count.
+        steps: of the shorter of both runs whose difference is measured.
+        ceilings: of the device, measured in this run.
+        rows: one a batch and context.
+    """
+
+    model: str
+    layers: int
+    weight_bytes: int
+    dtype: str
+    rounds: int
+    steps: int
+    ceilings: Ceilings
+    rows: list[Row]
+
+
+class Stack(nnx.Module):
+    """The attention layers of a model, one after the other."""
+
+    def __init__(self, config: DeepseekConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.norms = nnx.List(
+            nnx.RMSNorm(config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
+            for _ in range(config.num_hidden_layers)
+        )
+        self.layers = nnx.List(
+            MultiHeadLatentAttention(
+                config.hidden_size,
+                config.num_attention_heads,
+                q_lora_rank=config.q_lora_rank,
+                rope=config.rope,
+                dtype=dtype,
+                param_dtype=dtype,
+                rngs=rngs,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "implementation"), donate_argnames="cache")
+def _decode(
+    graphdef: Any,
+    params: Any,
+    x: jax.Array,
+    cache: PagedKVCache,
+    steps: jax.Array,
+    *,
+    implementation: str,
+) -> tuple[jax.Array, PagedKVCache]:
+    """Decodes `steps` tokens, each from the same input; returns the last output."""
+    stack = nnx.merge(graphdef, params)
+    absorbed = [layer.absorb() for layer in stack.layers]
+    one = jnp.ones(x.shape[0], jnp.int32)
+
+    def step(_: jax.Array, carry: tuple[jax.Array, PagedKVCache]) -> tuple[jax.Array, PagedKVCache]:
+        cache, _ = carry[1].reserve(one)
+        schedule = get_mla_metadata(cache.seqlens, stack.layers[0].num_heads, 1)
+        y = x
+        for i, (norm, layer) in enumerate(zip(stack.norms, stack.layers, strict=True)):
+            out, cache = layer.decode(
+                norm(y),
+                cache,
+                i % cache.num_layers,
+                absorbed=absorbed[i],
+                schedule=schedule,
+                implementation=implementation,
+            )
+            y = y + out
+        return y, cache
+
+    return jax.lax.fori_loop(0, steps, step, (x, cache))
+
+
+class Session:
+    """The cache that all implementations take in turn."""
+
+    def __init__(self, cache: PagedKVCache):
+        self.cache, self.table = cache, jnp.copy(cache.block_table)
+
+
+class Steps:
+    """Steps with one implementation, as `timing.Timed` has them.
+
+    Args:
+        compiled: `_decode`.
+        arguments: parameters and input.
+        session: what it works on.
+        context: tokens in the cache.
+        steps: of the shorter of the two runs whose difference is measured.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        arguments: tuple[Any, jax.Array],
+        session: Session,
+        context: int,
+        steps: int,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.calls = steps
+        self._compiled, self._arguments, self._session = compiled, arguments, session
+        self._context, self._clock = jnp.int32(context), clock
+
+    def measure(self) -> float:
+        """Returns the seconds of a step."""
+        return (self.run(2 * self.calls) - self.run(self.calls)) / self.calls
+
+    def run(self, steps: int) -> float:
+        """Decodes some steps from the end of the context; returns the seconds it took."""
+        session, number = self._session, jnp.int32(steps)
+        cache = models.at_context(session.cache, session.table, self._context)
+        jax.block_until_ready(cache)
+        start = self._clock()
+        _, session.cache = jax.block_until_ready(self._compiled(*self._arguments, cache, number))
+        return self._clock() - start
+
+
+def run(
+    model: str,
+    *,
+    layers: int | None = None,
+    batches: Sequence[int] | None = None,
+    contexts: Sequence[int] | None = None,
+    dtype: str = "bfloat16",
+    implementations: Sequence[str] | None = None,
+    rounds: int = 5,
+    steps: int = 8,
+    tick: Tick = lambda _: None,
+    done: Callable[[Report], None] = lambda _: None,
+    profile: Callable[[str, Callable[[], Any]], None] | None = None,
+    ceilings: Ceilings | None = None,
+) -> Report:
+    """Measures decode steps of a model's attention layers with random weights.
+
+    Args:
+        model: a name of `models.PRESETS`.
+        layers: how many of its layers; all by default.
+        batches: numbers of sequences.
+        contexts: tokens in the cache of each before the first step.
+        dtype: "bfloat16", "float16" or "float32".
+        implementations: names of ours; by default those that run by default, so not "pallas".
+        rounds: measurements of which the median counts.
+        steps: most of the shorter of both runs whose difference is measured; slow ones take fewer.
+        tick: told what is under way.
+        done: given the report so far after each row.
+        profile: given a name and a function that decodes two steps, for each result.
+        ceilings: of the device, if known; measured by default.
+
+    Raises:
+        ValueError: an argument is wrong.
+    """
+    platform = jax.default_backend()
+    small = platform == "cpu"
+    config = models.preset(model, platform, layers)
+    batches = (1, 4) if small and batches is None else batches or (1, 16, 128)
+    contexts = (256,) if small and contexts is None else contexts or (4096, 16384)
+    for name, value in (("rounds", rounds), ("steps", steps)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    for name, values in (("batches", batches), ("contexts", contexts)):
+        if min(values) < 1:
+            raise ValueError(f"{name}: got {list(values)}, expected positive numbers")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
+    kind = jnp.dtype(dtype)
+    names = check_implementation(implementations or ("ffi", "xla"))
+    found = ceilings or measure_ceilings(kind, platform)
+    tick("weights")
+    graphdef, params = nnx.split(
+        models.randomized(nnx.eval_shape(lambda: Stack(config, kind, nnx.Rngs(0))))
+    )
+    weights, depth = models.num_bytes(params), config.num_hidden_layers
+    report = Report(model, depth, weights, dtype, rounds, steps, found, [])
+    room = max(contexts) + 2 * steps
+    inputs = {b: _input(config, b, kind) for b in batches}
+
+    width = config.d_cache * kind.itemsize
+    pools = {b: _num_pools(depth, b * room * width) for b in batches}
+
+    def new_cache(b: int) -> PagedKVCache:
+        return models.filled_cache(
+            num_layers=pools[b], b=b, room=room, d_k=config.d_cache, dtype=kind
+        )
+
+    def compiled(job: tuple[int, str]) -> Any:
+        b, name = job
+        cache = jax.eval_shape(lambda: new_cache(b))
+        try:
+            return _decode.lower(
+                graphdef, params, inputs[b], cache, jnp.int32(0), implementation=name
+            ).compile()
+        except Exception as error:  # one that fails must not take the others with it
+            return error
+
+    tick("compilation")
+    jobs = [(b, name) for b in batches for name in names]
+    with ThreadPoolExecutor(len(jobs)) as workers:
+        programs = dict(zip(jobs, workers.map(compiled, jobs), strict=True))
+
+    for b in batches:
+        session = Session(new_cache(b))
+        for context in contexts:
+            shape = cases.Shape(b, 1, context, config.num_attention_heads)
+            calls = op.num_calls(shape, kind.itemsize)
+            data = cases.draw(shape, 2 * calls, kind)
+            variants: dict[str, Timed] = {}
+            stacks: dict[str, Steps] = {}
+            reasons = {}
+            for name in names:
+                program = programs[b, name]
+                if isinstance(program, Exception):
+                    reasons[name] = " ".join(str(program).split())[:300]
+                    continue
+                stack = Steps(program, (params, inputs[b]), session, context, steps)
+                stack.run(1)
+                stack.calls = steps_that_fit(stack.run(2) / 2, steps)
+                alone = op.variant(name, shape, data, calls)
+                alone.first_result()
+                variants[f"op {name}"] = alone
+                variants[name] = stacks[name] = stack
+            tick(f"b {b}, context {context}")
+            times = interleave(variants, rounds)
+            floor = projections_floor(config, b, kind.itemsize, found) * depth
+            results = {}
+            for name in names:
+                if name in reasons:
+                    continue
+                took, own = times[name], times[f"op {name}"]
+                ratio = None
+                if took is not None and own is not None:
+                    ratio = took.median / (floor + depth * own.median)
+                results[name] = Result(
+                    us=None if took is None else 1e6 * took.median,
+                    us_low=None if took is None else 1e6 * took.low,
+                    us_high=None if took is None else 1e6 * took.high,
+                    op_us=None if own is None else 1e6 * own.median,
+                    ratio=ratio,
+                )
+                if profile is not None:
+                    label = f"{model}-step-{b}-{context}-{name}"
+                    profile(label, functools.partial(stacks[name].run, 2))
+            report.rows.append(Row(b, context, pools[b], 1e6 * floor, results, reasons))
+            done(report)
+            del data, variants
+            gc.collect()
+        del session
+        gc.collect()  # this cache, before the next
+    return report
+
+
+def projections_floor(config: DeepseekConfig, b: int, itemsize: int, ceilings: Ceilings) -> float:
+    """Returns the least seconds of a layer's matrix products, each on its own."""
+    h, c = config.num_attention_heads, config.kv_lora_rank
+    d, n, v = config.hidden_size, config.qk_nope_head_dim, config.v_head_dim
+    d_q = h * (n + config.qk_rope_head_dim)
+    products = [(1, d, config.d_cache), (h, n, c), (h, c, v), (1, h * v, d)]
+    if config.q_lora_rank is None:
+        products.append((1, d, d_q))
+    else:
+        products += [(1, d, config.q_lora_rank), (1, config.q_lora_rank, d_q)]
+    return sum(
+        ceilings.floor(heads * itemsize * (k * m + b * (k + m)), 2.0 * heads * b * k * m)
+        for heads, k, m in products
+    )
+
+
+def _input(config: DeepseekConfig, b: int, dtype: jnp.dtype) -> jax.Array:
+    x = jax.random.normal(jax.random.key(3), (b, 1, config.hidden_size), jnp.float32)
+    return x.astype(dtype)
+
+
+def _num_pools(layers: int, pool_bytes: int) -> int:
+    """Counts the layers that can have a pool of their own in half of the memory that is left."""
+    stats = models.memory_stats()
+    if "bytes_limit" not in stats:
+        return layers
+    left = stats["bytes_limit"] - stats["bytes_in_use"]
+    return max(1, min(layers, left // 2 // pool_bytes))
