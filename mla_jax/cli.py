@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
             add("--context", type=int, metavar="N", help="tokens in the cache; default 4096")
         else:
             add("--contexts", nargs="+", type=int, metavar="N", help="tokens in the cache")
-        add("--implementations", nargs="+", metavar="NAME", help="ours; default: ffi xla")
+        add("--implementations", nargs="+", metavar="NAME", help="ours; default: all")
         add("--steps", type=int, metavar="N", help="of the shorter of two runs that are compared")
         add("--rounds", type=int, default=5, metavar="N", help="of which the median counts")
         add("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")

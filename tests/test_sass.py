@@ -50,6 +50,9 @@ def test_every_template_is_there(kernels):
 
 def test_tensor_cores_and_bulk_copies(kernels):
     for name, code in kernels.items():
+        if "combine_kernel" in name:
+            assert "LDGSTS" in code, name  # partial results come by asynchronous copies
+            continue
         assert len(re.findall(r"\bHGMMA\b", code)) >= 16, name
         assert len(re.findall(r"\bUTMALDG\b", code)) >= 2, name
         assert "USETMAXREG" in code, name

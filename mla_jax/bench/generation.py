@@ -123,7 +123,7 @@ class Session:
             num_tokens=jnp.ones(b, jnp.int32),
             finished=jnp.zeros(b, bool),
             starved=jnp.zeros(b, bool),
-            eos=jnp.zeros(0, jnp.int32),
+            eos=jnp.full(1, -1, jnp.int32),  # none
             sampling=Sampling.create(),
         )
 
@@ -197,7 +197,7 @@ def run(
         batches: numbers of sequences.
         context: tokens in the cache of each before the first step.
         dtype: "bfloat16", "float16" or "float32".
-        implementations: names of ours; by default those that run by default, so not "pallas".
+        implementations: names of ours; by default all, each that cannot run with its reason.
         rounds: measurements of which the median counts.
         steps: most of the shorter of both runs whose difference is measured; slow ones take fewer.
         tick: told what is under way.
@@ -221,7 +221,7 @@ def run(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
     kind = jnp.dtype(dtype)
-    names = check_implementation(implementations or ("ffi", "xla"))
+    names = check_implementation(implementations or None)
     found = ceilings or measure_ceilings(kind, platform)
     tick("weights")
     language_model = models.language_model(config, kind)

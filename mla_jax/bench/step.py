@@ -228,7 +228,7 @@ def run(
         batches: numbers of sequences.
         contexts: tokens in the cache of each before the first step.
         dtype: "bfloat16", "float16" or "float32".
-        implementations: names of ours; by default those that run by default, so not "pallas".
+        implementations: names of ours; by default all, each that cannot run with its reason.
         rounds: measurements of which the median counts.
         steps: most of the shorter of both runs whose difference is measured; slow ones take fewer.
         tick: told what is under way.
@@ -253,7 +253,7 @@ def run(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
     kind = jnp.dtype(dtype)
-    names = check_implementation(implementations or ("ffi", "xla"))
+    names = check_implementation(implementations or None)
     found = ceilings or measure_ceilings(kind, platform)
     tick("weights")
     graphdef, params = nnx.split(
