@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import soak
 from flax import nnx
 from rich.console import Console
 
@@ -208,15 +207,3 @@ def test_a_trace_is_summed_by_kernel():
 def test_presets_are_configs_that_are_read():
     for config in models.PRESETS.values():
         assert DeepseekConfig.from_dict(config.to_dict()) == config
-
-
-def test_a_short_soak():
-    """The books of `soak.py` agree after sequences came and went, some forked, some refused."""
-    model = models.language_model(soak.CONFIG, jnp.dtype("float32"))
-    state = soak.run(*nnx.split(model), soak.start(jnp.dtype("float32")), 300)
-    soak.check(state)
-    assert min(map(int, (state.released, state.forked, state.refused))) > 3
-    assert soak.agree(state, None) < 1e-5
-    lost = dataclasses.replace(state.cache, refcounts=state.cache.refcounts.at[3].add(1))
-    with pytest.raises(AssertionError):
-        soak.check(dataclasses.replace(state, cache=lost))

@@ -351,7 +351,7 @@ def test_generation(expected, sizes, exchanged, monkeypatch):
 
 def test_sampling_does_not_depend_on_the_mesh():
     """Nor do rows that fill the shards, of which there are more than prompts."""
-    m = mesh(data=8)
+    m = mesh(data=4)
     options = {"temperature": 1.0, "top_k": 20, "seed": 3, **OPTIONS}
     assert generate(make(m), PROMPTS, mesh=m, **options) == generate(make(), PROMPTS, **options)
 
