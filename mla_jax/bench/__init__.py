@@ -2,6 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measurements, for `mla-jax bench`: our implementations, and the peers found installed.
 
-Imports go one way: report -> {step, generation} -> {op, models} -> {peers, timing} -> cases. Only
-`peers` knows torch.
+Imports go one way: report -> {step, generation} -> {op, models} -> {peers, runs} -> timing ->
+cases. Only `peers` knows torch.
 """

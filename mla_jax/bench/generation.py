@@ -7,7 +7,6 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from mla_jax.bench import models
+from mla_jax.bench.runs import Report, TimedSteps, check_dtype, check_options, compile_all, one_line
 from mla_jax.bench.timing import (
     Ceilings,
     Clock,
@@ -24,7 +24,7 @@ from mla_jax.bench.timing import (
     measure_ceilings,
     steps_that_fit,
 )
-from mla_jax.config import DTYPES, DeepseekConfig
+from mla_jax.config import DeepseekConfig
 from mla_jax.decode import check_implementation
 from mla_jax.generate import Sampling, _decode, _State
 
@@ -75,31 +75,6 @@ class Row:
     reasons: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Report:
-    """A whole run.
-
-    Attributes:
-        model: its name.
-        layers: how many of its layers ran.
-        weight_bytes: of the model.
-        dtype: of weights, computation and cache.
-        rounds: that count.
-        steps: of the shorter of both runs whose difference is measured.
-        ceilings: of the device, measured in this run.
-        rows: one a batch.
-    """
-
-    model: str
-    layers: int
-    weight_bytes: int
-    dtype: str
-    rounds: int
-    steps: int
-    ceilings: Ceilings
-    rows: list[Row]
-
-
 class Session:
     """The state of `generate`'s decode loop, which all implementations take in turn.
 
@@ -134,8 +109,8 @@ class Session:
         return jax.block_until_ready(dataclasses.replace(self.state, cache=cache, num_tokens=ones))
 
 
-class Loop:
-    """The loop with one implementation, as `timing.Timed` has it.
+class Loop(TimedSteps):
+    """The loop with one implementation.
 
     Args:
         compiled: `generate`'s decode loop.
@@ -162,10 +137,6 @@ class Loop:
         self.run(1)
         return np.asarray(self._session.state.tokens[:, 1])
 
-    def measure(self) -> float:
-        """Returns the seconds of a step."""
-        return (self.run(2 * self.calls) - self.run(self.calls)) / self.calls
-
     def run(self, steps: int) -> float:
         """Decodes some steps from the end of the context; returns the seconds it took."""
         state, limit = self._session.rewind(), jnp.int32(1 + steps)
@@ -185,10 +156,10 @@ def run(
     rounds: int = 5,
     steps: int = 16,
     tick: Tick = lambda _: None,
-    done: Callable[[Report], None] = lambda _: None,
+    done: Callable[[Report[Row]], None] = lambda _: None,
     profile: Callable[[str, Callable[[], Any]], None] | None = None,
     ceilings: Ceilings | None = None,
-) -> Report:
+) -> Report[Row]:
     """Measures decode steps of a whole model with random weights.
 
     Args:
@@ -213,13 +184,8 @@ def run(
     config = models.preset(model, platform, layers)
     batches = (1, 4) if small and batches is None else batches or (1, 32, 128)
     context = (256 if small else 4096) if context is None else context
-    for name, value in (("rounds", rounds), ("steps", steps), ("context", context)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
-    if min(batches) < 1:
-        raise ValueError(f"batches: got {list(batches)}, expected positive numbers")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
+    check_options({"rounds": rounds, "steps": steps, "context": context}, {"batches": batches})
+    check_dtype(dtype)
     kind = jnp.dtype(dtype)
     names = check_implementation(implementations or None)
     found = ceilings or measure_ceilings(kind, platform)
@@ -228,22 +194,18 @@ def run(
     weights = models.num_bytes(language_model)
     graphdef, params = nnx.split(language_model)
     del language_model
-    report = Report(model, config.num_hidden_layers, weights, dtype, rounds, steps, found, [])
+    report: Report[Row] = Report(
+        model, config.num_hidden_layers, weights, dtype, rounds, steps, found, []
+    )
 
-    def compiled(job: tuple[int, str]) -> Any:
+    def lower(job: tuple[int, str]) -> Any:
         b, name = job
         state = jax.eval_shape(lambda: Session(config, b, context, steps, kind).state)
-        try:
-            return _decode.lower(
-                graphdef, params, state, jnp.int32(0), implementation=name, mesh=None
-            ).compile()
-        except Exception as error:  # one that fails must not take the others with it
-            return error
+        return _decode.lower(graphdef, params, state, jnp.int32(0), implementation=name, mesh=None)
 
     tick("compilation")
     jobs = [(b, name) for b in batches for name in names]
-    with ThreadPoolExecutor(len(jobs)) as workers:
-        programs = dict(zip(jobs, workers.map(compiled, jobs), strict=True))
+    programs = compile_all(lower, jobs)
 
     for b in batches:
         session = Session(config, b, context, steps, kind)
@@ -251,7 +213,7 @@ def run(
         for name in names:
             program = programs[b, name]
             if isinstance(program, Exception):
-                reasons[name] = " ".join(str(program).split())[:300]
+                reasons[name] = one_line(program)
                 continue
             variants[name] = Loop(program, params, session, steps)
             first[name] = variants[name].first_result()

@@ -16,8 +16,8 @@ from mla_jax.bench import cases
 from mla_jax.bench.cases import Data, Shape
 from mla_jax.bench.peers import PEERS, PeerVariant
 from mla_jax.bench.peers import unsupported_reason as peer_reason
+from mla_jax.bench.runs import check_dtype, one_line
 from mla_jax.bench.timing import Ceilings, JaxVariant, Variant, interleave, measure_ceilings
-from mla_jax.config import DTYPES
 from mla_jax.decode import check_implementation, explain, flash_mla_with_kvcache
 
 # Error of a sequence, relative to its norm, above which a result counts as wrong. A right kernel is
@@ -167,8 +167,7 @@ def run(
     names = variant_names(implementations)
     if not shapes:
         raise ValueError("shapes: got none, expected at least one")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
+    check_dtype(dtype)
     if rounds < 1:
         raise ValueError(f"rounds: got {rounds}, expected at least 1")
     if compare is not None and (len(set(compare)) != 2 or not set(compare) <= set(names)):
@@ -210,8 +209,7 @@ def _measure(
                 continue
             except Exception as error:  # one that fails must not take the others with it
                 variants.pop(name, None)
-                text = " ".join(str(error).split())[:300]
-                reason = f"failed: {type(error).__name__}: {text}"
+                reason = f"failed: {type(error).__name__}: {one_line(error)}"
         reasons[name] = reason
     times = interleave(variants, rounds, tick=lambda: tick(f"{shape}: rounds"))
     moved, flops = shape.moved_bytes(dtype.itemsize), shape.flops()

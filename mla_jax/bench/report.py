@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mla_jax
-from mla_jax.bench import generation, step
+from mla_jax.bench import generation, runs, step
 from mla_jax.bench.op import Report, Result, Row
 from mla_jax.bench.peers import peer_versions
 from mla_jax.bench.profile import Kernel
@@ -65,7 +65,7 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _header(command: str, report: Report | generation.Report | step.Report) -> dict[str, Any]:
+def _header(command: str, report: Report | runs.Report[Any]) -> dict[str, Any]:
     return {
         "schema": 1,
         "command": command,
@@ -81,14 +81,14 @@ def _header(command: str, report: Report | generation.Report | step.Report) -> d
     }
 
 
-def steps_to_json(command: str, report: generation.Report | step.Report) -> dict[str, Any]:
+def steps_to_json(command: str, report: runs.Report[Any]) -> dict[str, Any]:
     """Returns a run of `generate` or `step` as JSON holds it."""
     names = ("model", "layers", "weight_bytes", "steps")
     fields = {name: getattr(report, name) for name in names}
     return _header(command, report) | fields | {"rows": [asdict(row) for row in report.rows]}
 
 
-def print_generation(report: generation.Report, console: Console) -> None:
+def print_generation(report: runs.Report[generation.Row], console: Console) -> None:
     """Prints the table of `generate`."""
     _print_steps_header(report, console)
     console.print("each cell: ms a step, floor over it, tokens/s", markup=False)
@@ -112,7 +112,7 @@ def print_generation(report: generation.Report, console: Console) -> None:
     _print_reasons(report, console)
 
 
-def print_steps(report: step.Report, console: Console) -> None:
+def print_steps(report: runs.Report[step.Row], console: Console) -> None:
     """Prints the table of `step`."""
     _print_steps_header(report, console)
     console.print(
@@ -147,7 +147,7 @@ def print_profile(name: str, kernels: list[Kernel], console: Console) -> None:
         console.print(f"{us:10.1f} us {us / total:6.1%} {count:6d} x  {kernel}", markup=False)
 
 
-def _print_steps_header(report: generation.Report | step.Report, console: Console) -> None:
+def _print_steps_header(report: runs.Report[Any], console: Console) -> None:
     ceilings = report.ceilings
     console.print(
         f"{jax.devices()[0].device_kind}, {report.model}, {report.layers} layers of "
@@ -158,7 +158,7 @@ def _print_steps_header(report: generation.Report | step.Report, console: Consol
     )
 
 
-def _print_reasons(report: generation.Report | step.Report, console: Console) -> None:
+def _print_reasons(report: runs.Report[Any], console: Console) -> None:
     for row in report.rows:
         for name, why in row.reasons.items():
             console.print(f"not {name} at b {row.b}: {why}", markup=False)

@@ -11,7 +11,6 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla_jax.bench import cases, models, op
+from mla_jax.bench.runs import Report, TimedSteps, check_dtype, check_options, compile_all, one_line
 from mla_jax.bench.timing import (
     Ceilings,
     Clock,
@@ -29,7 +29,7 @@ from mla_jax.bench.timing import (
     steps_that_fit,
 )
 from mla_jax.cache import PagedKVCache
-from mla_jax.config import DTYPES, DeepseekConfig
+from mla_jax.config import DeepseekConfig
 from mla_jax.decode import check_implementation
 from mla_jax.module import MultiHeadLatentAttention
 from mla_jax.schedule import get_mla_metadata
@@ -76,31 +76,6 @@ class Row:
     projections_us: float
     results: dict[str, Result]
     reasons: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Report:
-    """A whole run.
-
-    Attributes:
-        model: its name.
-        layers: in the stack.
-        weight_bytes: of the stack.
-        dtype: of weights, computation and cache.
-        rounds: that count.
-        steps: of the shorter of both runs whose difference is measured.
-        ceilings: of the device, measured in this run.
-        rows: one a batch and context.
-    """
-
-    model: str
-    layers: int
-    weight_bytes: int
-    dtype: str
-    rounds: int
-    steps: int
-    ceilings: Ceilings
-    rows: list[Row]
 
 
 class Stack(nnx.Module):
@@ -166,8 +141,8 @@ class Session:
         self.cache, self.table = cache, jnp.copy(cache.block_table)
 
 
-class Steps:
-    """Steps with one implementation, as `timing.Timed` has them.
+class Steps(TimedSteps):
+    """Steps with one implementation.
 
     Args:
         compiled: `_decode`.
@@ -191,10 +166,6 @@ class Steps:
         self._compiled, self._arguments, self._session = compiled, arguments, session
         self._context, self._clock = jnp.int32(context), clock
 
-    def measure(self) -> float:
-        """Returns the seconds of a step."""
-        return (self.run(2 * self.calls) - self.run(self.calls)) / self.calls
-
     def run(self, steps: int) -> float:
         """Decodes some steps from the end of the context; returns the seconds it took."""
         session, number = self._session, jnp.int32(steps)
@@ -216,10 +187,10 @@ def run(
     rounds: int = 5,
     steps: int = 8,
     tick: Tick = lambda _: None,
-    done: Callable[[Report], None] = lambda _: None,
+    done: Callable[[Report[Row]], None] = lambda _: None,
     profile: Callable[[str, Callable[[], Any]], None] | None = None,
     ceilings: Ceilings | None = None,
-) -> Report:
+) -> Report[Row]:
     """Measures decode steps of a model's attention layers with random weights.
 
     Args:
@@ -244,14 +215,8 @@ def run(
     config = models.preset(model, platform, layers)
     batches = (1, 4) if small and batches is None else batches or (1, 16, 128)
     contexts = (256,) if small and contexts is None else contexts or (4096, 16384)
-    for name, value in (("rounds", rounds), ("steps", steps)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
-    for name, values in (("batches", batches), ("contexts", contexts)):
-        if min(values) < 1:
-            raise ValueError(f"{name}: got {list(values)}, expected positive numbers")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
+    check_options({"rounds": rounds, "steps": steps}, {"batches": batches, "contexts": contexts})
+    check_dtype(dtype)
     kind = jnp.dtype(dtype)
     names = check_implementation(implementations or None)
     found = ceilings or measure_ceilings(kind, platform)
@@ -260,7 +225,7 @@ def run(
         models.randomized(nnx.eval_shape(lambda: Stack(config, kind, nnx.Rngs(0))))
     )
     weights, depth = models.num_bytes(params), config.num_hidden_layers
-    report = Report(model, depth, weights, dtype, rounds, steps, found, [])
+    report: Report[Row] = Report(model, depth, weights, dtype, rounds, steps, found, [])
     room = max(contexts) + 2 * steps
     inputs = {b: _input(config, b, kind) for b in batches}
 
@@ -272,20 +237,14 @@ def run(
             num_layers=pools[b], b=b, room=room, d_k=config.d_cache, dtype=kind
         )
 
-    def compiled(job: tuple[int, str]) -> Any:
+    def lower(job: tuple[int, str]) -> Any:
         b, name = job
         cache = jax.eval_shape(lambda: new_cache(b))
-        try:
-            return _decode.lower(
-                graphdef, params, inputs[b], cache, jnp.int32(0), implementation=name
-            ).compile()
-        except Exception as error:  # one that fails must not take the others with it
-            return error
+        return _decode.lower(graphdef, params, inputs[b], cache, jnp.int32(0), implementation=name)
 
     tick("compilation")
     jobs = [(b, name) for b in batches for name in names]
-    with ThreadPoolExecutor(len(jobs)) as workers:
-        programs = dict(zip(jobs, workers.map(compiled, jobs), strict=True))
+    programs = compile_all(lower, jobs)
 
     for b in batches:
         session = Session(new_cache(b))
@@ -299,7 +258,7 @@ def run(
             for name in names:
                 program = programs[b, name]
                 if isinstance(program, Exception):
-                    reasons[name] = " ".join(str(program).split())[:300]
+                    reasons[name] = one_line(program)
                     continue
                 stack = Steps(program, (params, inputs[b]), session, context, steps)
                 stack.run(1)

@@ -1,0 +1,98 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks of decode steps share: options, programs, the time of a step, the report."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from mla_jax.bench.timing import Ceilings
+from mla_jax.config import DTYPES
+
+Job = TypeVar("Job")
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Report(Generic[Row]):
+    """A whole run.
+
+    Attributes:
+        model: its name.
+        layers: how many of its layers ran.
+        weight_bytes: of these.
+        dtype: of weights, computation and cache.
+        rounds: that count.
+        steps: of the shorter of both runs whose difference is measured.
+        ceilings: of the device, measured in this run.
+        rows: one a measured case.
+    """
+
+    model: str
+    layers: int
+    weight_bytes: int
+    dtype: str
+    rounds: int
+    steps: int
+    ceilings: Ceilings
+    rows: list[Row]
+
+
+class TimedSteps(ABC):
+    """Decode steps by one compiled program, as `timing.Timed` has them.
+
+    Attributes:
+        calls: steps of the shorter of the two runs whose difference is measured.
+    """
+
+    calls: int
+
+    @abstractmethod
+    def run(self, steps: int) -> float:
+        """Decodes some steps from the end of the context; returns the seconds it took."""
+
+    def measure(self) -> float:
+        """Returns the seconds of a step."""
+        return (self.run(2 * self.calls) - self.run(self.calls)) / self.calls
+
+
+def check_options(numbers: Mapping[str, int], lists: Mapping[str, Sequence[int]]) -> None:
+    """Raises ValueError, naming the option, unless all these numbers are positive."""
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    for name, values in lists.items():
+        if min(values) < 1:
+            raise ValueError(f"{name}: got {list(values)}, expected positive numbers")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ValueError for a dtype that no model has."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
+
+
+def compile_all(lower: Callable[[Job], Any], jobs: Iterable[Job]) -> dict[Job, Any]:
+    """Compiles one program a job, all at once; one that fails gives its exception instead.
+
+    Args:
+        lower: returns the lowered program of a job.
+        jobs: at least one, hashable.
+    """
+
+    def compiled(job: Job) -> Any:
+        try:
+            return lower(job).compile()
+        except Exception as error:  # one that fails must not take the others with it
+            return error
+
+    jobs = list(jobs)
+    with ThreadPoolExecutor(len(jobs)) as workers:
+        return dict(zip(jobs, workers.map(compiled, jobs), strict=True))
+
+
+def one_line(error: Exception) -> str:
+    """Returns what an exception says as one line that fits a table's footnote."""
+    return " ".join(str(error).split())[:300]
