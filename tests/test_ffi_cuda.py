@@ -99,7 +99,7 @@ def test_one_program_for_both_platforms():
 @pytest.mark.parametrize("changed", [{"dtype": jnp.float32}, {"page_size": 8}], ids=str)
 def test_none_lowers_for_a_gpu_what_the_kernel_does_not_take(changed):
     arrays = inputs(**changed)
-    assert "custom_call" not in lower(functools.partial(run, implementation=None), *arrays)
+    assert "@mla_jax_decode" not in lower(functools.partial(run, implementation=None), *arrays)
     # Asked for by name it is not replaced: refused at once where a GPU is the default device.
     with pytest.raises(NotImplementedError, match="platform cuda|^ffi: .*the CUDA kernel"):
         lower(run, *arrays)
