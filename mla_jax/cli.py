@@ -381,7 +381,11 @@ def _bench_steps(
 
     if args.steps is not None:
         options["steps"] = args.steps
-    console = Console(stderr=True)
+    console, start = Console(stderr=True), time.perf_counter()
+
+    def log(what: str) -> None:  # where nothing can be drawn over
+        print(f"mla-jax: {time.perf_counter() - start:.0f} s: {what}", file=sys.stderr, flush=True)
+
     with console.status("ceilings") as status:
         found = run(
             args.model,
@@ -389,7 +393,7 @@ def _bench_steps(
             dtype=args.dtype,
             implementations=args.implementations,
             rounds=args.rounds,
-            tick=status.update,
+            tick=status.update if console.is_terminal else log,
             # A run that is stopped keeps the rows that it has.
             done=lambda so_far: None if args.out is None else write(so_far),
             profile=None if args.profile is None else trace,

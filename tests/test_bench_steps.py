@@ -178,13 +178,21 @@ def test_tables_show_what_is_there():
     console = Console(file=io.StringIO(), width=200)
     result = generation.Result(2.0, 1.9, 2.1, 500.0, 1.0)
     row = generation.Row(1, 64, 1.0, 10**9, None, {"ffi": result}, {"xla": "no"})
-    found = generation.Report("m", 3, 10**9, "bfloat16", 5, 4, CEILINGS, [row])
+    found = generation.Report("m", 3, 10**9, "bfloat16", 5, 4, CEILINGS, 7.0, [row])
     report.print_generation(found, console)
     noise = step.Result(None, None, None, None, None)
     rows = [step.Row(1, 64, 2, 10.0, {"ffi": step.Result(30, 1, 2, 5.0, 1.2), "xla": noise}, {})]
-    report.print_steps(step.Report("m", 3, 10**9, "bfloat16", 5, 4, CEILINGS, rows), console)
+    found = step.Report("m", 3, 10**9, "bfloat16", 5, 4, CEILINGS, 7.0, rows)
+    report.print_steps(found, console)
     text = console.file.getvalue()
-    for part in ("2.000 0.50 500", "not xla at b 1: no", "30 5.0 1.20", "noise", "2 of 3"):
+    for part in (
+        "2.000 0.50 500",
+        "not xla at b 1: no",
+        "30 5.0 1.20",
+        "noise",
+        "2 of 3",
+        "compiled in 7 s",
+    ):
         assert part in text, part
 
 

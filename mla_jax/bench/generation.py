@@ -195,17 +195,17 @@ def run(
     graphdef, params = nnx.split(language_model)
     del language_model
     report: Report[Row] = Report(
-        model, config.num_hidden_layers, weights, dtype, rounds, steps, found, []
+        model, config.num_hidden_layers, weights, dtype, rounds, steps, found, 0.0, []
     )
 
-    def lower(job: tuple[int, str]) -> Any:
-        b, name = job
+    def lower(b: int, name: str) -> Any:
         state = jax.eval_shape(lambda: Session(config, b, context, steps, kind).state)
         return _decode.lower(graphdef, params, state, jnp.int32(0), implementation=name, mesh=None)
 
     tick("compilation")
-    jobs = [(b, name) for b in batches for name in names]
-    programs = compile_all(lower, jobs)
+    start = time.perf_counter()
+    programs = compile_all(lower, batches, names)
+    report.compile_seconds = time.perf_counter() - start
 
     for b in batches:
         session = Session(config, b, context, steps, kind)

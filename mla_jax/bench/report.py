@@ -83,7 +83,7 @@ def _header(command: str, report: Report | runs.Report[Any]) -> dict[str, Any]:
 
 def steps_to_json(command: str, report: runs.Report[Any]) -> dict[str, Any]:
     """Returns a run of `generate` or `step` as JSON holds it."""
-    names = ("model", "layers", "weight_bytes", "steps")
+    names = ("model", "layers", "weight_bytes", "steps", "compile_seconds")
     fields = {name: getattr(report, name) for name in names}
     return _header(command, report) | fields | {"rows": [asdict(row) for row in report.rows]}
 
@@ -153,7 +153,8 @@ def _print_steps_header(report: runs.Report[Any], console: Console) -> None:
         f"{jax.devices()[0].device_kind}, {report.model}, {report.layers} layers of "
         f"{report.weight_bytes / 1e9:.2f} GB, {report.dtype}, random weights and latents, median "
         f"of {report.rounds} rounds; ceilings of this run: read {ceilings.read / 1e9:.0f} GB/s, "
-        f"product {ceilings.product / 1e12:.2f} TFLOP/s",
+        f"product {ceilings.product / 1e12:.2f} TFLOP/s; "
+        f"compiled in {report.compile_seconds:.0f} s",
         markup=False,
     )
 

@@ -3,7 +3,8 @@
 """What the benchmarks of decode steps share: options, programs, the time of a step, the report."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -11,11 +12,10 @@ from typing import Any, Generic, TypeVar
 from mla_jax.bench.timing import Ceilings
 from mla_jax.config import DTYPES
 
-Job = TypeVar("Job")
 Row = TypeVar("Row")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report(Generic[Row]):
     """A whole run.
 
@@ -27,6 +27,7 @@ class Report(Generic[Row]):
         rounds: that count.
         steps: of the shorter of both runs whose difference is measured.
         ceilings: of the device, measured in this run.
+        compile_seconds: that all programs of steps took together.
         rows: one a measured case.
     """
 
@@ -37,6 +38,7 @@ class Report(Generic[Row]):
     rounds: int
     steps: int
     ceilings: Ceilings
+    compile_seconds: float
     rows: list[Row]
 
 
@@ -74,23 +76,34 @@ def check_dtype(dtype: str) -> None:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
 
 
-def compile_all(lower: Callable[[Job], Any], jobs: Iterable[Job]) -> dict[Job, Any]:
-    """Compiles one program a job, all at once; one that fails gives its exception instead.
+def compile_all(
+    lower: Callable[[int, str], Any], batches: Sequence[int], names: Sequence[str]
+) -> dict[tuple[int, str], Any]:
+    """Compiles a program for each batch and implementation; one that fails gives its exception.
+
+    Batches go at once, implementations one after the other: they have their matrix products in
+    common, and what XLA measures to choose a form of those serves all programs that follow.
 
     Args:
-        lower: returns the lowered program of a job.
-        jobs: at least one, hashable.
+        lower: returns the lowered program of a batch and a name.
+        batches: at least one.
+        names: of implementations.
+
+    Returns:
+        The programs by batch and name.
     """
 
-    def compiled(job: Job) -> Any:
-        try:
-            return lower(job).compile()
-        except Exception as error:  # one that fails must not take the others with it
-            return error
+    def compiled(b: int) -> dict[tuple[int, str], Any]:
+        programs: dict[tuple[int, str], Any] = {}
+        for name in names:
+            try:
+                programs[b, name] = lower(b, name).compile()
+            except Exception as error:  # one that fails must not take the others with it
+                programs[b, name] = error
+        return programs
 
-    jobs = list(jobs)
-    with ThreadPoolExecutor(len(jobs)) as workers:
-        return dict(zip(jobs, workers.map(compiled, jobs), strict=True))
+    with ThreadPoolExecutor(len(batches)) as workers:
+        return dict(ChainMap(*workers.map(compiled, batches)))
 
 
 def one_line(error: Exception) -> str:

@@ -225,7 +225,7 @@ def run(
         models.randomized(nnx.eval_shape(lambda: Stack(config, kind, nnx.Rngs(0))))
     )
     weights, depth = models.num_bytes(params), config.num_hidden_layers
-    report: Report[Row] = Report(model, depth, weights, dtype, rounds, steps, found, [])
+    report: Report[Row] = Report(model, depth, weights, dtype, rounds, steps, found, 0.0, [])
     room = max(contexts) + 2 * steps
     inputs = {b: _input(config, b, kind) for b in batches}
 
@@ -237,14 +237,14 @@ def run(
             num_layers=pools[b], b=b, room=room, d_k=config.d_cache, dtype=kind
         )
 
-    def lower(job: tuple[int, str]) -> Any:
-        b, name = job
+    def lower(b: int, name: str) -> Any:
         cache = jax.eval_shape(lambda: new_cache(b))
         return _decode.lower(graphdef, params, inputs[b], cache, jnp.int32(0), implementation=name)
 
     tick("compilation")
-    jobs = [(b, name) for b in batches for name in names]
-    programs = compile_all(lower, jobs)
+    start = time.perf_counter()
+    programs = compile_all(lower, batches, names)
+    report.compile_seconds = time.perf_counter() - start
 
     for b in batches:
         session = Session(new_cache(b))
