@@ -22,7 +22,7 @@ from mla_jax import PagedKVCache, flash_mla_with_kvcache
 from mla_jax.bench import models
 from mla_jax.config import DeepseekConfig
 
-SLOTS, PAGE_SIZE, WIDTH = 8, 8, 12  # at most 96 tokens a sequence
+SLOTS, PAGE_SIZE, WIDTH = 8, 16, 6  # at most 96 tokens a sequence
 PAGES = SLOTS * WIDTH // 3  # of what all could want: some are refused now and then
 CONFIG = DeepseekConfig(
     model_type="deepseek_v2",
@@ -157,13 +157,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--chunk", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after these")
     parser.add_argument("--implementation")
     args = parser.parse_args()
     # Wider types are faster on CPUs.
     dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     graphdef, params = nnx.split(models.language_model(CONFIG, dtype))
     state, times, memory = start(dtype), [], []
-    for _ in range(args.steps // args.chunk):
+    end = time.monotonic() + args.seconds
+    while len(times) < args.steps // args.chunk and time.monotonic() < end:
         begin = time.perf_counter()
         state = run(graphdef, params, state, args.chunk, implementation=args.implementation)
         jax.block_until_ready(state)
@@ -171,7 +173,7 @@ def main() -> None:
         check(state)
         memory.append(bytes_in_use())
     counts = (int(x) for x in (state.released, state.forked, state.refused))
-    print("steps {}, released {}, forked {}, refused {}".format(args.steps, *counts))
+    print("steps {}, released {}, forked {}, refused {}".format(len(times) * args.chunk, *counts))
     tenths = np.array_split(np.array(times[1:]), min(10, len(times) - 1))  # the first compiles
     print("us a step, medians of tenths:", *(f"{np.median(tenth):.1f}" for tenth in tenths))
     tenths = np.array_split(np.array(memory[1:]), min(10, len(times) - 1))
