@@ -373,7 +373,8 @@ def _bench_steps(
         profiles[name] = profile.trace(function, args.profile / name)
 
     def as_json(report: Any) -> str:
-        return json.dumps(reporting.steps_to_json(command, report) | {"profiles": profiles})
+        traced = {name: asdict(found) for name, found in profiles.items()}
+        return json.dumps(reporting.steps_to_json(command, report) | {"profiles": traced})
 
     def write(report: Any) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -405,8 +406,8 @@ def _bench_steps(
         print(as_json(found))
         return
     show(found, out)
-    for name, kernels in profiles.items():
-        reporting.print_profile(name, kernels, out)
+    for name, traced in profiles.items():
+        reporting.print_profile(name, traced, out)
 
 
 def _info(args: argparse.Namespace) -> None:

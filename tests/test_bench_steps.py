@@ -3,6 +3,7 @@
 """The benchmarks of decode steps: their models, what they count, what they write."""
 
 import dataclasses
+import functools
 import io
 import json
 
@@ -14,7 +15,7 @@ from flax import nnx
 from rich.console import Console
 
 from mla_jax import DeepseekForCausalLM
-from mla_jax.bench import generation, models, op, profile, report, step, timing
+from mla_jax.bench import generation, models, op, profile, report, runs, step, timing
 from mla_jax.cli import main
 from mla_jax.config import DeepseekConfig
 
@@ -209,7 +210,50 @@ def test_a_trace_is_summed_by_kernel():
         *(("decode<1, 2>", 1, 7, 8.0), ("cuGraphLaunch", 2, 8, 3.0), ("other", 2, 8, 9.0)),
     ):
         events.append({"ph": "X", "name": name, "pid": pid, "tid": tid, "dur": us})
-    assert profile.summary(events) == [("decode<1, 2>", 1, 8.0), ("gemm_fusion_dot", 2, 7.0)]
+    events[-3]["args"] = events[-1]["args"] = {"cuda_graph_id": "7"}
+    kernels = [("decode<1, 2>", 1, 8.0), ("gemm_fusion_dot", 2, 7.0)]
+    assert profile.summary(events) == profile.Profile(15.0, 8 / 15, kernels)
+    assert profile.summary([]) == profile.Profile(0.0, 0.0, [])
+
+
+class Program:
+    """Like a lowered and a compiled program; says no when it is called."""
+
+    def __init__(self, log, *job):
+        self.log, self.job = log, job
+
+    def compile(self):
+        self.log.append(self.job)
+        if self.job == (2, "first"):
+            raise ValueError("too large")
+        return self
+
+    def __call__(self, *_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+
+def test_implementations_compile_in_turn_and_one_that_fails_does_not_stop_the_others():
+    log = []
+    programs = runs.compile_all(functools.partial(Program, log), (1, 2), ("first", "second"))
+    assert sorted(log) == sorted(programs) == [(b, n) for b in (1, 2) for n in ("first", "second")]
+    for b in (1, 2):
+        assert [name for batch, name in log if batch == b] == ["first", "second"]
+    assert str(programs[2, "first"]) == "too large"
+    assert programs[2, "second"].job == (2, "second")
+
+
+@pytest.mark.parametrize("module", [generation, step])
+def test_a_row_without_memory_leaves_the_others(module, monkeypatch):
+    def compiled(_, batches, names):
+        return {(b, name): Program([], b, name) for b in batches for name in names}
+
+    monkeypatch.setattr(module, "compile_all", compiled)
+    monkeypatch.setattr(op, "num_calls", lambda *_: 1)
+    found = module.run("deepseek-v2-lite", batches=(1, 2), layers=1, ceilings=CEILINGS)
+    assert [row.b for row in found.rows] == [1, 2]
+    for row in found.rows:
+        assert row.results == {}
+        assert row.reasons == dict.fromkeys(("ffi", "pallas", "xla"), "RESOURCE_EXHAUSTED")
 
 
 def test_presets_are_configs_that_are_read():

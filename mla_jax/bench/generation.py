@@ -207,7 +207,8 @@ def run(
     programs = compile_all(lower, batches, names)
     report.compile_seconds = time.perf_counter() - start
 
-    for b in batches:
+    def measured(b: int) -> Row:
+        tick(f"b {b}")
         session = Session(config, b, context, steps, kind)
         variants, first, reasons = {}, {}, {}
         for name in names:
@@ -218,7 +219,6 @@ def run(
             variants[name] = Loop(program, params, session, steps)
             first[name] = variants[name].first_result()
             variants[name].calls = steps_that_fit(variants[name].run(2) / 2, steps)
-        tick(f"b {b}")
         times = interleave(variants, rounds)
         results = {
             name: Result(
@@ -234,12 +234,19 @@ def run(
             for name, variant in variants.items():
                 profile(f"{model}-{b}-{name}", functools.partial(variant.run, 2))
         cached = models.num_bytes(session.state.cache.pages)
-        needed = _bytes_needed(config, weights, b, context, kind.itemsize)
         peak = models.memory_stats().get("peak_bytes_in_use")
-        floor = 1e3 * needed / found.read
-        report.rows.append(Row(b, context, floor, cached, peak, results, reasons))
+        return Row(b, context, floor_ms(b), cached, peak, results, reasons)
+
+    def floor_ms(b: int) -> float:
+        return 1e3 * _bytes_needed(config, weights, b, context, kind.itemsize) / found.read
+
+    for b in batches:
+        try:
+            row = measured(b)
+        except RuntimeError as error:  # out of memory: the other rows stay
+            row = Row(b, context, floor_ms(b), 0, None, {}, dict.fromkeys(names, one_line(error)))
+        report.rows.append(row)
         done(report)
-        del session, variants
         gc.collect()  # this cache, before the next
     return report
 

@@ -143,7 +143,11 @@ def randomized(module: Module) -> Module:
         scale = 1.0 if "embedding" in name else 1 / math.sqrt(leaf.shape[-2])
         return _normal(key, leaf.shape, leaf.dtype, scale)
 
-    made = [make(key, path, leaf) for key, (path, leaf) in zip(keys, leaves, strict=True)]
+    # One after the other: those under way at once would each hold memory for float32.
+    made = [
+        jax.block_until_ready(make(key, path, leaf))
+        for key, (path, leaf) in zip(keys, leaves, strict=True)
+    ]
     return nnx.merge(graphdef, jax.tree.unflatten(tree, made))
 
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,22 @@ import jax
 Kernel = tuple[str, int, float]
 
 
-def trace(function: Callable[[], Any], folder: Path) -> list[Kernel]:
+@dataclass(frozen=True)
+class Profile:
+    """Where the time went.
+
+    Attributes:
+        us: microseconds on the device in all.
+        in_command_buffers: the share of them in CUDA graphs.
+        kernels: what ran on the device, longest first.
+    """
+
+    us: float
+    in_command_buffers: float
+    kernels: list[Kernel]
+
+
+def trace(function: Callable[[], Any], folder: Path) -> Profile:
     """Runs a function once under the profiler.
 
     Args:
@@ -24,8 +40,7 @@ def trace(function: Callable[[], Any], folder: Path) -> list[Kernel]:
         folder: where the trace goes, for TensorBoard and Perfetto.
 
     Returns:
-        What ran on the device, longest first. Of a loop that is a command buffer as a whole, it
-        is one iteration.
+        What ran on the device. Of a loop that is a command buffer as a whole, it is one iteration.
     """
     with jax.profiler.trace(str(folder)):
         function()
@@ -34,7 +49,7 @@ def trace(function: Callable[[], Any], folder: Path) -> list[Kernel]:
         return summary(json.load(file)["traceEvents"])
 
 
-def summary(events: list[dict[str, Any]]) -> list[Kernel]:
+def summary(events: list[dict[str, Any]]) -> Profile:
     """Sums a trace's events up, as `trace` returns them."""
     processes, threads = {}, {}
     for event in events:
@@ -43,6 +58,7 @@ def summary(events: list[dict[str, Any]]) -> list[Kernel]:
         if event.get("ph") == "M" and event.get("name") == "thread_name":
             threads[event["pid"], event["tid"]] = event["args"]["name"]
     kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    in_graphs = 0.0
     for event in events:
         if event.get("ph") != "X":
             continue
@@ -51,5 +67,8 @@ def summary(events: list[dict[str, Any]]) -> list[Kernel]:
             entry = kernels[re.sub(r"(_|\.)\d+\b", "", event["name"])]
             entry[0] += 1
             entry[1] += event["dur"]
+            in_graphs += event["dur"] if "cuda_graph_id" in event.get("args", {}) else 0
     rows = [(name, int(count), us) for name, (count, us) in kernels.items()]
-    return sorted(rows, key=lambda row: -row[2])
+    total = sum(us for *_, us in rows)
+    rows.sort(key=lambda row: -row[2])
+    return Profile(total, in_graphs / total if total else 0.0, rows)

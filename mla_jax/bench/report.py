@@ -19,7 +19,7 @@ import mla_jax
 from mla_jax.bench import generation, runs, step
 from mla_jax.bench.op import Report, Result, Row
 from mla_jax.bench.peers import peer_versions
-from mla_jax.bench.profile import Kernel
+from mla_jax.bench.profile import Profile
 
 
 def ratios(report: Report) -> dict[str, list[float | None]]:
@@ -139,12 +139,12 @@ def print_steps(report: runs.Report[step.Row], console: Console) -> None:
     _print_reasons(report, console)
 
 
-def print_profile(name: str, kernels: list[Kernel], console: Console) -> None:
+def print_profile(name: str, profile: Profile, console: Console) -> None:
     """Prints what took longest on the device."""
-    total = sum(us for *_, us in kernels)
-    console.print(f"{name}: {total:.0f} us on the device", markup=False)
-    for kernel, count, us in kernels[:25]:
-        console.print(f"{us:10.1f} us {us / total:6.1%} {count:6d} x  {kernel}", markup=False)
+    share = f"{profile.in_command_buffers:.1%} of it in command buffers"
+    console.print(f"{name}: {profile.us:.0f} us on the device, {share}", markup=False)
+    for kernel, count, us in profile.kernels[:25]:
+        console.print(f"{us:10.1f} us {us / profile.us:6.1%} {count:6d} x  {kernel}", markup=False)
 
 
 def _print_steps_header(report: runs.Report[Any], console: Console) -> None:

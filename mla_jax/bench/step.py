@@ -246,51 +246,59 @@ def run(
     programs = compile_all(lower, batches, names)
     report.compile_seconds = time.perf_counter() - start
 
+    def measured(b: int, context: int, session: Session) -> Row:
+        shape = cases.Shape(b, 1, context, config.num_attention_heads)
+        calls = op.num_calls(shape, kind.itemsize)
+        data = cases.draw(shape, 2 * calls, kind)
+        variants: dict[str, Timed] = {}
+        stacks: dict[str, Steps] = {}
+        reasons = {}
+        for name in names:
+            program = programs[b, name]
+            if isinstance(program, Exception):
+                reasons[name] = one_line(program)
+                continue
+            stack = Steps(program, (params, inputs[b]), session, context, steps)
+            stack.run(1)
+            stack.calls = steps_that_fit(stack.run(2) / 2, steps)
+            alone = op.variant(name, shape, data, calls)
+            alone.first_result()
+            variants[f"op {name}"] = alone
+            variants[name] = stacks[name] = stack
+        times = interleave(variants, rounds)
+        floor = projections(b)
+        results = {}
+        for name, stack in stacks.items():
+            took, own = times[name], times[f"op {name}"]
+            ratio = None
+            if took is not None and own is not None:
+                ratio = took.median / (floor + depth * own.median)
+            results[name] = Result(
+                us=None if took is None else 1e6 * took.median,
+                us_low=None if took is None else 1e6 * took.low,
+                us_high=None if took is None else 1e6 * took.high,
+                op_us=None if own is None else 1e6 * own.median,
+                ratio=ratio,
+            )
+            if profile is not None:
+                label = f"{model}-step-{b}-{context}-{name}"
+                profile(label, functools.partial(stack.run, 2))
+        return Row(b, context, pools[b], 1e6 * floor, results, reasons)
+
+    def projections(b: int) -> float:
+        return projections_floor(config, b, kind.itemsize, found) * depth
+
     for b in batches:
         session = Session(new_cache(b))
         for context in contexts:
-            shape = cases.Shape(b, 1, context, config.num_attention_heads)
-            calls = op.num_calls(shape, kind.itemsize)
-            data = cases.draw(shape, 2 * calls, kind)
-            variants: dict[str, Timed] = {}
-            stacks: dict[str, Steps] = {}
-            reasons = {}
-            for name in names:
-                program = programs[b, name]
-                if isinstance(program, Exception):
-                    reasons[name] = one_line(program)
-                    continue
-                stack = Steps(program, (params, inputs[b]), session, context, steps)
-                stack.run(1)
-                stack.calls = steps_that_fit(stack.run(2) / 2, steps)
-                alone = op.variant(name, shape, data, calls)
-                alone.first_result()
-                variants[f"op {name}"] = alone
-                variants[name] = stacks[name] = stack
             tick(f"b {b}, context {context}")
-            times = interleave(variants, rounds)
-            floor = projections_floor(config, b, kind.itemsize, found) * depth
-            results = {}
-            for name in names:
-                if name in reasons:
-                    continue
-                took, own = times[name], times[f"op {name}"]
-                ratio = None
-                if took is not None and own is not None:
-                    ratio = took.median / (floor + depth * own.median)
-                results[name] = Result(
-                    us=None if took is None else 1e6 * took.median,
-                    us_low=None if took is None else 1e6 * took.low,
-                    us_high=None if took is None else 1e6 * took.high,
-                    op_us=None if own is None else 1e6 * own.median,
-                    ratio=ratio,
-                )
-                if profile is not None:
-                    label = f"{model}-step-{b}-{context}-{name}"
-                    profile(label, functools.partial(stacks[name].run, 2))
-            report.rows.append(Row(b, context, pools[b], 1e6 * floor, results, reasons))
+            try:
+                row = measured(b, context, session)
+            except RuntimeError as error:  # out of memory: the other rows stay
+                why = dict.fromkeys(names, one_line(error))
+                row = Row(b, context, pools[b], 1e6 * projections(b), {}, why)
+            report.rows.append(row)
             done(report)
-            del data, variants
             gc.collect()
         del session
         gc.collect()  # this cache, before the next
