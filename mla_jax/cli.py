@@ -27,7 +27,7 @@ from rich.progress import (
 from tokenizers import Tokenizer
 
 import mla_jax
-from mla_jax.bench import cases, generation, models, op, profile, step
+from mla_jax.bench import cases, generation, models, op, pictures, profile, step
 from mla_jax.bench import report as reporting
 from mla_jax.cache import PagedKVCache
 from mla_jax.checkpoint import read_json
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         add("--rounds", type=int, default=5, metavar="N", help="of which the median counts")
         add("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
         add("--profile", type=Path, metavar="FOLDER", help="trace each there, print its kernels")
-        add("--out", type=Path, metavar="FOLDER", help="write results.json there")
+        add("--out", type=Path, metavar="FOLDER", help="write results.json and a picture there")
 
     command = commands.add_parser(
         "info", parents=[common], help="show devices, versions and the implementation that runs"
@@ -335,7 +335,7 @@ def _bench_op(args: argparse.Namespace) -> None:
             # A run that is stopped keeps the rows that it has.
             done=lambda so_far: None if args.out is None else reporting.write(so_far, args.out),
         )
-    missing = None if args.out is None else reporting.draw(found, args.out)
+    missing = None if args.out is None else pictures.draw_op(found, args.out)
     if args.json:
         print(json.dumps(reporting.to_json(found)))
     else:
@@ -349,12 +349,14 @@ def _bench_op(args: argparse.Namespace) -> None:
 
 def _bench_generate(args: argparse.Namespace) -> None:
     options = {"batches": args.batches, "context": args.context}
-    _bench_steps("generate", args, generation.run, reporting.print_generation, options)
+    show, draw = reporting.print_generation, pictures.draw_generation
+    _bench_steps("generate", args, generation.run, show, draw, options)
 
 
 def _bench_step(args: argparse.Namespace) -> None:
     options = {"batches": args.batches, "contexts": args.contexts}
-    _bench_steps("step", args, step.run, reporting.print_steps, options)
+    show, draw = reporting.print_steps, pictures.draw_steps
+    _bench_steps("step", args, step.run, show, draw, options)
 
 
 def _bench_steps(
@@ -362,9 +364,10 @@ def _bench_steps(
     args: argparse.Namespace,
     run: Callable[..., Any],
     show: Callable[[Any, Console], None],
+    draw: Callable[[Any, Path], str | None],
     options: dict[str, Any],
 ) -> None:
-    """Runs and shows what measures decode steps."""
+    """Runs, shows and draws what measures decode steps."""
     out = Console(highlight=False, soft_wrap=True)
     out = out if out.is_terminal else Console(highlight=False, width=200)
     profiles = {}
@@ -402,6 +405,8 @@ def _bench_steps(
         )
     if args.out is not None:
         write(found)
+        if (missing := draw(found, args.out)) is not None:
+            print(f"mla-jax: {missing}", file=sys.stderr)
     if args.json:
         print(as_json(found))
         return

@@ -17,7 +17,7 @@ import reference
 from rich.console import Console
 
 from mla_jax import decode
-from mla_jax.bench import cases, op, peers, report, timing
+from mla_jax.bench import cases, op, peers, pictures, report, timing
 from mla_jax.bench.cases import Shape
 from mla_jax.cli import main
 
@@ -302,16 +302,18 @@ def test_ratios_are_to_the_better_peer_that_is_right():
 
 def test_pictures(tmp_path):
     peer = _report({"ffi": _result(10.0), "fa3": _result(15.0)}, {"ffi": _result(None)})
-    assert report.draw(peer, tmp_path) is None
+    assert pictures.draw_op(peer, tmp_path) is None
     for name in ("roofline", "speedup"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "needs a peer, or --compare" in report.draw(_report({"ffi": _result(1.0)}), tmp_path)
+    assert "needs a peer, or --compare" in pictures.draw_op(
+        _report({"ffi": _result(1.0)}), tmp_path
+    )
 
 
 def test_without_matplotlib_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     found = _report({"ffi": _result(10.0)})
-    assert "pip install 'mla-jax[bench]'" in report.draw(found, tmp_path)
+    assert "pip install 'mla-jax[bench]'" in pictures.draw_op(found, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from rich.console import Console
 
 from mla_jax import DeepseekForCausalLM
-from mla_jax.bench import generation, models, op, profile, report, runs, step, timing
+from mla_jax.bench import generation, models, op, pictures, profile, report, runs, step, timing
 from mla_jax.cli import main
 from mla_jax.config import DeepseekConfig
 
@@ -175,16 +175,22 @@ def test_command_line(command, tmp_path, monkeypatch, capsys):
     assert len(written["profiles"]) == (command == "generate")
 
 
-def test_tables_show_what_is_there():
+def test_tables_and_pictures_show_what_is_there(tmp_path):
     console = Console(file=io.StringIO(), width=200)
     result = generation.Result(2.0, 1.9, 2.1, 500.0, 1.0)
     row = generation.Row(1, 64, 1.0, 10**9, None, {"ffi": result}, {"xla": "no"})
     found = generation.Report("m", 3, 10**9, "bfloat16", 5, 4, CEILINGS, 7.0, [row])
     report.print_generation(found, console)
+    assert pictures.draw_generation(found, tmp_path / "new") is None
     noise = step.Result(None, None, None, None, None)
     rows = [step.Row(1, 64, 2, 10.0, {"ffi": step.Result(30, 1, 2, 5.0, 1.2), "xla": noise}, {})]
     found = step.Report("m", 3, 10**9, "bfloat16", 5, 4, CEILINGS, 7.0, rows)
     report.print_steps(found, console)
+    assert pictures.draw_steps(found, tmp_path / "new") is None
+    for name in ("generate", "step"):
+        assert (tmp_path / "new" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    nothing = dataclasses.replace(found, rows=[step.Row(1, 64, 2, 10.0, {}, {"ffi": "no"})])
+    assert pictures.draw_steps(nothing, tmp_path) == "no picture: nothing was measured"
     text = console.file.getvalue()
     for part in (
         "2.000 0.50 500",

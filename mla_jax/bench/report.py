@@ -1,9 +1,8 @@
 # Copyright 2026 The mla-jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves: a table in the terminal, results.json, and pictures where matplotlib is."""
+"""What a run leaves: a table in the terminal and results.json."""
 
 import datetime
-import importlib.util
 import json
 import math
 from dataclasses import asdict
@@ -222,47 +221,3 @@ def write(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_json(report), indent=1, allow_nan=False)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-
-
-def draw(report: Report, folder: Path) -> str | None:
-    """Draws roofline.png and, where there is a ratio, speedup.png; says why where it cannot."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return "no pictures: they need matplotlib (pip install 'mla-jax[bench]')"
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-    ceilings = report.ceilings
-    ridge = ceilings.product / ceilings.read
-    intensities = [row.flops / row.bytes for row in report.rows]
-    left, right = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
-    roof = [min(x * ceilings.read, ceilings.product) / 1e12 for x in (left, ridge, right)]
-    axes.loglog([left, ridge, right], roof, color="black", label="ceilings of this run")
-    for name in report.names:
-        points = [
-            (row.flops / row.bytes, row.flops / r.us / 1e6)
-            for row in report.rows
-            if (r := row.results.get(name)) is not None and r.us is not None and r.correct
-        ]
-        if points:
-            axes.loglog(*zip(*points, strict=True), "o", label=name, alpha=0.7)
-    axes.set(xlabel="operations per byte", ylabel="TFLOP/s", title=jax.devices()[0].device_kind)
-    axes.legend()
-    figure.savefig(folder / "roofline.png", dpi=150)
-
-    columns = ratios(report)
-    if not columns:
-        return "no speedup.png: it needs a peer, or --compare"
-    figure = Figure(figsize=(7, 1.5 + 0.3 * len(report.rows) * len(columns)), layout="constrained")
-    axes = figure.subplots()
-    height = 0.8 / len(columns)
-    for i, (name, values) in enumerate(columns.items()):
-        places = [y + i * height for y in range(len(report.rows))]
-        axes.barh(places, [value or 0 for value in values], height, align="edge", label=name)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks([y + 0.4 for y in range(len(report.rows))], [str(r.shape) for r in report.rows])
-    axes.invert_yaxis()
-    axes.set(xlabel="times as fast", ylabel="b,s_q,s_k,h_q")
-    axes.legend()
-    figure.savefig(folder / "speedup.png", dpi=150)
-    return None
