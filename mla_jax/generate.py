@@ -25,6 +25,10 @@ from mla_jax.partitioning import CONTEXT, DATA
 
 # Buffers for new tokens come in multiples of this, so that near limits share an executable.
 _NEW_TOKENS_STEP = 64
+# For XLA, wherever steps of a model are compiled. It counts a pool that is written in place twice,
+# so that a large one seems not to fit, and to save memory that is not short it computes a product
+# and norms of each layer twice. There is next to nothing to save in these programs.
+COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 
 
 @jax.tree_util.register_dataclass
@@ -181,7 +185,12 @@ def _anywhere(mesh: Mesh | None, x: jax.Array) -> jax.Array:
     return x if mesh is None else jax.lax.pmax(x.astype(jnp.int32), DATA) > 0
 
 
-@partial(jax.jit, static_argnames=("graphdef", "chunk", "mesh"), donate_argnames="state")
+@partial(
+    jax.jit,
+    static_argnames=("graphdef", "chunk", "mesh"),
+    donate_argnames="state",
+    compiler_options=COMPILER_OPTIONS,
+)
 def _prefill(
     graphdef: Any,
     params: Any,
@@ -227,7 +236,12 @@ def _prefill(
     return shards(params, state, prompts, lengths)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "implementation", "mesh"), donate_argnames="state")
+@partial(
+    jax.jit,
+    static_argnames=("graphdef", "implementation", "mesh"),
+    donate_argnames="state",
+    compiler_options=COMPILER_OPTIONS,
+)
 def _decode(
     graphdef: Any,
     params: Any,

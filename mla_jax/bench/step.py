@@ -31,6 +31,7 @@ from mla_jax.bench.timing import (
 from mla_jax.cache import PagedKVCache
 from mla_jax.config import DeepseekConfig
 from mla_jax.decode import check_implementation
+from mla_jax.generate import COMPILER_OPTIONS
 from mla_jax.module import MultiHeadLatentAttention
 from mla_jax.schedule import get_mla_metadata
 
@@ -100,7 +101,12 @@ class Stack(nnx.Module):
         )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "implementation"), donate_argnames="cache")
+@functools.partial(
+    jax.jit,
+    static_argnames=("graphdef", "implementation"),
+    donate_argnames="cache",
+    compiler_options=COMPILER_OPTIONS,
+)
 def _decode(
     graphdef: Any,
     params: Any,
