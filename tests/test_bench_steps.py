@@ -262,6 +262,18 @@ def test_a_row_without_memory_leaves_the_others(module, monkeypatch):
         assert row.reasons == dict.fromkeys(("ffi", "pallas", "xla"), "RESOURCE_EXHAUSTED")
 
 
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="CPUs have no rematerialization")
+def test_a_large_pool_makes_xla_compute_nothing_twice():
+    """Nothing is made: only compiled, for a pool of 35 GB."""
+    config = models.preset("deepseek-v3", "gpu", 3)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: step.Stack(config, BF16, nnx.Rngs(0))))
+    sizes = {"num_layers": 3, "b": 128, "room": 80000, "d_k": 576, "dtype": BF16}
+    cache = jax.eval_shape(lambda: models.filled_cache(**sizes))
+    x = jax.ShapeDtypeStruct((128, 1, config.hidden_size), BF16)
+    lowered = step._decode.lower(graphdef, params, x, cache, jnp.int32(0), implementation="xla")
+    assert "remat" not in lowered.compile().as_text()
+
+
 def test_presets_are_configs_that_are_read():
     for config in models.PRESETS.values():
         assert DeepseekConfig.from_dict(config.to_dict()) == config
