@@ -40,10 +40,9 @@ __device__ __forceinline__ void clear_counters(const DecodeArgs& args, uint64_t*
 }
 
 // Tells the others that this CTA's piece is written; called by all consumers.
-__device__ __forceinline__ void announce_partial(uint32_t* counter, uint64_t* all_clear) {
+__device__ __forceinline__ void announce_partial(uint32_t* counter) {
   ptx::named_barrier_sync(kConsumers, kConsumerThreads);
   if (threadIdx.x == 0) {
-    ptx::mbarrier_wait(all_clear, 0);
     ptx::fence_gpu();
     ptx::increment(counter);
   }
@@ -68,7 +67,7 @@ struct Combination {
   int seq, kv_head, first_row, rows;
   int first_slot, next_slot, slot_stride;  // of pieces 0, 1 and from there on
   int first_unit, units;                   // of this CTA
-  int row_group_units;                     // units of 16 rows
+  int row_group_shift;                     // log2 of the units of 16 rows
   int first_row_group, row_groups;         // that the units touch
 
   __device__ __forceinline__ int slot_of(int s) const {
@@ -82,6 +81,17 @@ struct Combination {
     return reinterpret_cast<uint4*>(&stats(16 * (first_row_group + row_groups), 0));
   }
 };
+
+// Joins what the members of a team hold, neighbouring lanes: every one gets the whole.
+template <typename Join>
+__device__ __forceinline__ float2 join_team(float2 v, int team, Join&& join) {
+#pragma unroll 1
+  for (int d = 1; d < team; d *= 2) {
+    v.x = join(v.x, __shfl_xor_sync(0xFFFFFFFFu, v.x, d));
+    v.y = join(v.y, __shfl_xor_sync(0xFFFFFFFFu, v.y, d));
+  }
+  return v;
+}
 
 // Turns the pieces' statistics into factors for their values. All threads share the rows: 16, 8 or
 // 4 for each.
@@ -97,11 +107,7 @@ __device__ __forceinline__ void find_factors(const Combination& c) {
       max.x = fmaxf(max.x, v.x);
       max.y = fmaxf(max.y, v.z);
     }
-#pragma unroll 1
-    for (int d = 1; d < team; d *= 2) {
-      max.x = fmaxf(max.x, __shfl_xor_sync(0xFFFFFFFFu, max.x, d));
-      max.y = fmaxf(max.y, __shfl_xor_sync(0xFFFFFFFFu, max.y, d));
-    }
+    max = join_team(max, team, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll 4
     for (int s = member; s < c.pieces; s += team) {
       float4& v = c.stats(row, s);
@@ -110,17 +116,13 @@ __device__ __forceinline__ void find_factors(const Combination& c) {
       sum.x += v.x * v.y;
       sum.y += v.z * v.w;
     }
-#pragma unroll 1
-    for (int d = 1; d < team; d *= 2) {
-      sum.x += __shfl_xor_sync(0xFFFFFFFFu, sum.x, d);
-      sum.y += __shfl_xor_sync(0xFFFFFFFFu, sum.y, d);
-    }
+    sum = join_team(sum, team, [](float a, float b) { return a + b; });
     if (member == 0 && row < c.rows) {
       c.scratch.offsets[row] = out_offset(c.args, c.seq, c.kv_head, c.first_row + row);
       c.scratch.inverse[0][row] = sum.x == 0.f ? 0.f : 1.f / sum.x;
       c.scratch.inverse[1][row] = sum.y == 0.f ? 0.f : 1.f / sum.y;
       // By the CTA that has the first unit of these rows.
-      const int first_unit = row / 16 * c.row_group_units;
+      const int first_unit = row / 16 << c.row_group_shift;
       if (c.first_unit <= first_unit && first_unit < c.first_unit + c.units) {
         c.args.lse[lse_offset(c.args, c.seq, c.kv_head, c.first_row + row)] =
             log_sum_exp(max.x, sum.x);
@@ -143,8 +145,8 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
 
 #pragma unroll 1
   for (int i = warp / team; i < c.units; i += step) {
-    const int unit = c.first_unit + i, row_group = unit / c.row_group_units;
-    const int chunk = unit - row_group * c.row_group_units;
+    const int unit = c.first_unit + i, row_group = unit >> kRowGroupShift<Partial>;
+    const int chunk = unit - (row_group << kRowGroupShift<Partial>);
 #pragma unroll 4
     for (int s = member; s < pieces; s += team) {
       ptx::copy_async_16(
@@ -158,8 +160,8 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
   int i = warp / team;
 #pragma unroll 1
   do {  // once where warps share units, so that all of them meet
-    const int unit = c.first_unit + i, row_group = unit / c.row_group_units;
-    const int chunk = unit - row_group * c.row_group_units;
+    const int unit = c.first_unit + i, row_group = unit >> kRowGroupShift<Partial>;
+    const int chunk = unit - (row_group << kRowGroupShift<Partial>);
     const int half = chunk / kChunks<Partial>, row = 16 * row_group + lane / 4;
     float2 sum[kPairs] = {};
     if (i < c.units) {
@@ -211,13 +213,13 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
 
 // Gives share `share` of `shares` its units.
 __device__ __forceinline__ void take_units(Combination& c, bool half, int share, int shares) {
-  c.row_group_units = 2 * (half ? kChunks<__half> : kChunks<float>);
-  const int all = (c.rows + 15) / 16 * c.row_group_units;
+  c.row_group_shift = half ? kRowGroupShift<__half> : kRowGroupShift<float>;
+  const int all = (c.rows + 15) / 16 << c.row_group_shift;
   const int most = Divisor(shares).ceil(all);
   c.first_unit = share * most;
   c.units = min(most, all - c.first_unit);
-  c.first_row_group = c.first_unit / c.row_group_units;
-  c.row_groups = (c.first_unit + c.units - 1) / c.row_group_units - c.first_row_group + 1;
+  c.first_row_group = c.first_unit >> c.row_group_shift;
+  c.row_groups = (c.first_unit + c.units - 1 >> c.row_group_shift) - c.first_row_group + 1;
 }
 
 // Waits for all pieces and combines this part's share; called by all consumers.
@@ -259,8 +261,8 @@ template <typename T>
 __global__ void __launch_bounds__(kConsumerThreads)
     combine_kernel(const __grid_constant__ DecodeArgs args) {
   extern __shared__ __align__(16) uint8_t scratch[];
-  const int tile_of_seq = blockIdx.x / kFixedShares, seq = tile_of_seq / args.grids[0].groups;
-  const int group = tile_of_seq - seq * args.grids[0].groups;
+  const int tile_of_seq = blockIdx.x / kFixedShares, seq = args.grids[0].groups.floor(tile_of_seq);
+  const int group = tile_of_seq - seq * args.grids[0].groups.value;
   const int blocks =
       sequence_blocks(sequence_tokens(args.seqlens, seq, args.max_pages_per_seq * args.page_size));
   const int size = fixed_piece_blocks(blocks), pieces = (blocks + size - 1) / size;

@@ -134,7 +134,7 @@ struct Decode {
     if (args.causal && args.s_q > 1) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int query = (place.first_row + rows.local + 8 * e) / args.heads_per_kv;
+        const int query = args.heads_per_kv.floor(place.first_row + rows.local + 8 * e);
         rows.limit[e] = min(item.tokens - args.s_q + query + 1, item.tokens);
       }
     }
@@ -413,11 +413,13 @@ struct Decode {
       }
       if (fixed) return;  // another kernel combines
 
+      ptx::mbarrier_wait(&shared.counters_clear, 0);
+      const Pieces& pieces = shared.pieces;
       const bool last = item.seq == part.end_seq;
-      split.first_part = last ? part.end_seq_first_part : part.begin_seq_first_part;
-      split.pieces = (last ? part.end_seq_last_part : place.part) - split.first_part + 1;
+      split.first_part = last ? pieces.end_seq_first : pieces.begin_seq_first;
+      split.pieces = (last ? pieces.end_seq_last : place.part) - split.first_part + 1;
       split.helpers = split.pieces - !part.one_sequence;
-      announce_partial(args.counters + place.peer(split.first_part), &shared.counters_clear);
+      announce_partial(args.counters + place.peer(split.first_part));
     });
     // Whoever goes on to another sequence holds nobody up: only the last item is waited for.
     if (place.part < split.first_part + split.helpers) {
@@ -446,7 +448,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int max_tokens = args.max_pages_per_seq * args.page_size;
     if (args.fixed_pieces > 0) {
       shared.part = fixed_part(args.seqlens, args.b, max_tokens,
-                               Divisor(args.grids[0].groups).floor(blockIdx.x), args.fixed_pieces);
+                               args.grids[0].groups.floor(blockIdx.x), args.fixed_pieces);
     } else {
       find_part(args.seqlens, args.b, max_tokens, blockIdx.x, args.grids, &shared.part);
     }
@@ -477,6 +479,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else if (threadIdx.x == 288) {
       Kernel::produce_queries(args, query_maps, shared, place);
     } else if (threadIdx.x == 320 && args.cooperative) {
+      shared.pieces = find_pieces(shared.part);
       clear_counters(args, &shared.counters_clear);
     }
     __syncwarp();

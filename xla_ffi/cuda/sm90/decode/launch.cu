@@ -164,9 +164,9 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
   args.b = p.b;
   args.s_q = p.s_q;
   args.h_q = p.h_q;
-  args.h_kv = p.h_kv;
-  args.heads_per_kv = p.h_q / p.h_kv;
-  args.rows = p.s_q * args.heads_per_kv;
+  args.h_kv = KnownDivisor::of(p.h_kv);
+  args.heads_per_kv = KnownDivisor::of(p.h_q / p.h_kv);
+  args.rows = p.s_q * args.heads_per_kv.value;
   args.page_size = p.page_size;
   args.page_shift = __builtin_ctz(p.page_size);
   args.max_pages_per_seq = p.max_pages_per_seq;
@@ -181,19 +181,17 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
     args.fixed_pieces = most_pieces(p);
     args.cooperative = false;
     const int groups = static_cast<int>(num_groups(args.rows, p.h_kv, kTileRows));
-    for (Grid& grid : args.grids) grid = {groups, 1};
+    for (Grid& grid : args.grids) grid = Grid::of(groups, 1, p.b);
   } else {
     // With more tiles than multiprocessors nothing is split, and all tiles are high.
     ctas = std::min(num_sms, kMaxParts);
     for (int i = 0; i < kTileHeights; ++i) {
       const int64_t groups = num_groups(args.rows, p.h_kv, tile_height(i));
       if (i == 0) ctas = std::max(ctas, groups);
-      args.grids[i] = groups <= ctas
-                          ? Grid{static_cast<int>(groups), static_cast<int>(ctas / groups)}
-                          : args.grids[i - 1];
+      args.grids[i] = groups <= ctas ? Grid::of(groups, ctas / groups, p.b) : args.grids[i - 1];
     }
     args.fixed_pieces = 0;
-    args.cooperative = args.grids[0].parts > 1;
+    args.cooperative = args.grids[0].parts.value > 1;
   }
   args.slot_chunks = slots.bytes / sizeof(uint4);
   args.partial_out = static_cast<uint4*>(p.workspace);

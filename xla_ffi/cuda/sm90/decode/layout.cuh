@@ -32,8 +32,9 @@ struct DecodeArgs {
   float4* partial_stats;
   int64_t slot_chunks;  // from one partial result to the next in partial_out
   uint32_t* counters;   // [CTAs], garbage until counters_clear
-  int b, s_q, h_q, h_kv;
-  int heads_per_kv;           // G = h_q / h_kv
+  int b, s_q, h_q;
+  KnownDivisor h_kv;
+  KnownDivisor heads_per_kv;  // G = h_q / h_kv
   int rows;                   // s_q * G
   int page_size, page_shift;  // a power of two, and its log2
   int max_pages_per_seq;
@@ -50,14 +51,15 @@ struct Place {
   int first_row, end_row;  // of the packed query rows
 
   __device__ __forceinline__ static Place here(const DecodeArgs& args, int height) {
-    const int groups = args.grids[height].groups, part = Divisor(groups).floor(blockIdx.x);
-    Place place = of_group(args, height, blockIdx.x - part * groups);
+    const KnownDivisor groups = args.grids[height].groups;
+    const int part = groups.floor(blockIdx.x);
+    Place place = of_group(args, height, blockIdx.x - part * groups.value);
     place.part = part;
     return place;
   }
   __device__ __forceinline__ static Place of_group(const DecodeArgs& args, int height, int group) {
-    const int tile = Divisor(args.h_kv).floor(group), first_row = tile * tile_height(height);
-    return {args.grids[height].groups, 0, group - tile * args.h_kv, first_row,
+    const int tile = args.h_kv.floor(group), first_row = tile * tile_height(height);
+    return {args.grids[height].groups.value, 0, group - tile * args.h_kv.value, first_row,
             min(first_row + tile_height(height), args.rows)};
   }
   // The CTA that does for `other_part` what this one does for its own.
@@ -78,8 +80,9 @@ struct Shared {
   uint64_t cache_empty[2][2];  // [buffer][half of the value columns]
   float max[2][kTileRows];     // the running maxima after the last block of [buffer]
   float sum[2][2][kTileRows];  // [item parity][warpgroup]
-  uint64_t counters_clear;     // completes when the counters of the whole grid are zero
+  uint64_t counters_clear;     // completes when the grid's counters are zero, and pieces known
   Part part;
+  Pieces pieces;
   Place place;
 };
 inline constexpr int kWeightsPiece = 8;
@@ -121,21 +124,18 @@ __device__ __forceinline__ void for_each_item(const DecodeArgs& args, const Part
   }
 }
 
-// Offsets of packed row `row` in out [b, s_q, h_q, d_v] and lse [b, h_q, s_q]. The common shapes
-// need no division.
+// Offsets of packed row `row` in out [b, s_q, h_q, d_v] and lse [b, h_q, s_q].
 __device__ __forceinline__ int64_t out_offset(const DecodeArgs& args, int seq, int kv_head,
                                               int row) {
   const int64_t first = int64_t{seq} * args.s_q * args.h_q;
-  if (args.h_kv == 1) return (first + row) * kValueColumns;
-  const int query = row / args.heads_per_kv, head = row % args.heads_per_kv;
-  return (first + query * args.h_q + kv_head * args.heads_per_kv + head) * kValueColumns;
+  const int group = args.heads_per_kv.value, query = args.heads_per_kv.floor(row);
+  return (first + row + query * (args.h_q - group) + kv_head * group) * kValueColumns;
 }
 __device__ __forceinline__ int64_t lse_offset(const DecodeArgs& args, int seq, int kv_head,
                                               int row) {
-  const int64_t first = int64_t{seq} * args.h_q + kv_head * args.heads_per_kv;
-  if (args.s_q == 1) return first + row;
-  const int query = row / args.heads_per_kv, head = row % args.heads_per_kv;
-  return (first + head) * args.s_q + query;
+  const int group = args.heads_per_kv.value, query = args.heads_per_kv.floor(row);
+  const int64_t first = int64_t{seq} * args.h_q + kv_head * group;
+  return (first + row - query * group) * args.s_q + query;
 }
 
 // log(sum of exp) from the maximum in log2 units and the sum relative to it; a NaN stays one.

@@ -78,6 +78,9 @@ struct PartialFormat<__half> {
 // Chunks of one thread's share of a warpgroup's output.
 template <typename Partial>
 inline constexpr int kChunks = 64 / PartialFormat<Partial>::kPairs;
+// log2 of the chunks of a warp's 16 rows, both halves'.
+template <typename Partial>
+inline constexpr int kRowGroupShift = PartialFormat<Partial>::kPairs == 4 ? 5 : 6;
 
 // Where partial results lie; chunks of the left half come first.
 __device__ __forceinline__ uint4* partial_chunks(const DecodeArgs& args, int slot) {

@@ -31,10 +31,35 @@ inline constexpr int kMaxParts = 132;
 inline constexpr int kTileHeights = 3;
 __host__ __device__ constexpr int tile_height(int i) { return 64 >> i; }
 
+// Division by a number that the host knows, for 0 <= a < 2^31 and 0 < value: a multiplication and a
+// shift (Granlund and Montgomery, "Division by invariant integers using multiplication", 1994).
+struct KnownDivisor {
+  int value;
+  int shift;
+  uint32_t multiplier;
+
+  static KnownDivisor of(int value) {
+    int shift = 0;
+    while ((int64_t{1} << shift) < value) ++shift;
+    const uint64_t rest = (uint64_t{1} << shift) - value;
+    return {value, shift, static_cast<uint32_t>((rest << 32) / value + 1)};
+  }
+  __device__ __forceinline__ int floor(int a) const {
+    return (__umulhi(multiplier, a) + static_cast<uint32_t>(a)) >> shift;
+  }
+  __device__ __forceinline__ int ceil(int a) const { return floor(a + value - 1); }
+};
+
 // How the grid is laid out for one height of tiles.
 struct Grid {
-  int groups;  // CTAs that go through the same blocks: row tiles * h_kv
-  int parts;   // cuts of the schedule; parts * groups CTAs have work
+  KnownDivisor groups;  // CTAs that go through the same blocks: row tiles * h_kv
+  KnownDivisor parts;   // cuts of the schedule; parts * groups CTAs have work
+  KnownDivisor spare;   // parts that are left when each sequence has one, at least 1
+
+  static Grid of(int groups, int parts, int b) {
+    return {KnownDivisor::of(groups), KnownDivisor::of(parts),
+            KnownDivisor::of(parts > b ? parts - b : 1)};
+  }
 };
 
 // A CTA's work: from block `begin_block` of `begin_seq` up to, and excluding, block `end_block`
@@ -43,9 +68,15 @@ struct Part {
   int height;  // index of the tiles' height
   int begin_seq, begin_block;
   int end_seq, end_block;
-  int begin_seq_first_part;                   // the part that holds block 0 of begin_seq
-  int end_seq_first_part, end_seq_last_part;  // the parts that hold end_seq's first and last block
-  bool one_sequence;                          // no part spans two sequences
+  bool one_sequence;  // no part spans two sequences
+  // For find_pieces: the parts' size, and where on the line begin_seq's first block and end_seq's
+  // first and last lie.
+  int size, begin_seq_at, end_seq_at, end_seq_last_at;
+};
+
+// The parts that hold begin_seq's first block, end_seq's first and its last.
+struct Pieces {
+  int begin_seq_first, end_seq_first, end_seq_last;
 };
 
 // Tokens of sequence i that count. Lengths may be anything; the table bounds them.
@@ -58,7 +89,7 @@ __device__ __forceinline__ int sequence_blocks(int tokens) {
   return max((tokens + kBlockTokens - 1) / kBlockTokens, 1);
 }
 
-// Division by one number, for 0 <= a < 2^30 and 0 < b: a few instructions instead of dozens.
+// Division by another number, for 0 <= a < 2^30 and 0 < b: a few instructions instead of dozens.
 class Divisor {
  public:
   __device__ __forceinline__ explicit Divisor(int b) : b_(b), inverse_(ptx::reciprocal_approx(b)) {}
@@ -83,6 +114,8 @@ __device__ __forceinline__ int warp_sum(int v) { return __reduce_add_sync(0xFFFF
 inline constexpr int kSequenceOverhead = 3;
 // Blocks that combining a tile of 64 rows costs.
 inline constexpr int kCombineOverhead = 4;
+// A sequence that would have more pieces is cut into pieces of an even number of blocks.
+inline constexpr int kManyPieces = 64;
 
 // Batch-invariant decode cuts a sequence by its own length alone: pieces of 8 blocks or more, 16
 // pieces at most. Each is the part of one CTA, and a second kernel combines them.
@@ -103,109 +136,118 @@ __device__ inline Part fixed_part(const int32_t* seqlens, int b, int max_tokens,
   const int seq = index / pieces,
             blocks = sequence_blocks(sequence_tokens(seqlens, seq, max_tokens));
   const int size = fixed_piece_blocks(blocks), begin = (index - seq * pieces) * size;
-  if (begin >= blocks) return Part{0, b, 0, -1, 0, 0, 0, 0, true};
-  return Part{0, seq, begin, seq, min(begin + size, blocks), 0, 0, 0, true};
+  if (begin >= blocks) return Part{0, b, 0, -1, 0, true};
+  return Part{0, seq, begin, seq, min(begin + size, blocks), true};
 }
 
 // Finds the part of the `cta`-th CTA; called by one whole warp, the result is in `*result` (shared
-// memory).
+// memory). The kernel's first load waits for it.
 __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, int cta,
                                  const Grid (&grids)[kTileHeights], Part* result) {
   const int lane = threadIdx.x % 32;
+  // A lane's sequences are neighbours: one scan of the lanes' sums says where all of them lie.
+  const int each = (b + 31) / 32, first = min(lane * each, b), last = min(first + each, b);
   const auto blocks_of = [&](int i) {
-    return i < b ? sequence_blocks(sequence_tokens(seqlens, i, max_tokens)) : 0;
+    return sequence_blocks(sequence_tokens(seqlens, i, max_tokens));
+  };
+  const auto sum_of = [&](auto&& cost_of) {
+    int sum = 0;
+#pragma unroll 1
+    for (int i = first; i < last; ++i) sum += cost_of(blocks_of(i));
+    return sum;
   };
 
-  int total = 0, longest = 0;
-  for (int i = lane; i < b; i += 32) {
-    const int n = blocks_of(i);
-    total += n;
+  int longest = 0;
+  const int total = warp_sum(sum_of([&](int n) {
     longest = max(longest, n);
-  }
-  total = warp_sum(total);
+    return n;
+  }));
   longest = __reduce_max_sync(0xFFFFFFFFu, longest);
 
-  int height = 0, least = Divisor(grids[0].parts).ceil(total) + kCombineOverhead;
+  int height = 0, least = grids[0].parts.ceil(total) + kCombineOverhead;
 #pragma unroll
   for (int i = 1; i < kTileHeights; ++i) {
-    const int cost = Divisor(grids[i].parts).ceil(total) + (kCombineOverhead >> i);
-    if (grids[i].groups > grids[0].groups && cost < least) height = i, least = cost;
+    const int cost = grids[i].parts.ceil(total) + (kCombineOverhead >> i);
+    if (grids[i].groups.value > grids[0].groups.value && cost < least) height = i, least = cost;
   }
-  const int num_parts = grids[height].parts;
-  const int part = Divisor(grids[height].groups).floor(cta);
-  const Divisor by_parts(num_parts);
+  const Grid grid = grids[height];
+  const int num_parts = grid.parts.value, part = grid.groups.floor(cta);
 
   // Packed, and if that costs little, rounded so that sequences of one length end at a cut.
-  int size = by_parts.ceil(total + b * kSequenceOverhead);
+  int size = grid.parts.ceil(total + b * kSequenceOverhead);
   int gap = kSequenceOverhead;
   const int whole = Divisor(longest + gap).ceil(size) * (longest + gap);
   if (whole - size <= 2 + size / 32) size = whole;
 
   if (b <= num_parts) {
     // The smallest aligned size for which the parts suffice lies in [low, high].
-    int low = by_parts.ceil(total);
-    int high = b < num_parts ? min(longest, Divisor(num_parts - b).ceil(total)) : longest;
+    int low = grid.parts.ceil(total);
+    int high = b < num_parts ? min(longest, grid.spare.ceil(total)) : longest;
     while (low < high) {
       const int middle = (low + high) / 2;
       const Divisor by_middle(middle);
-      int needed = 0;
-#pragma unroll 1
-      for (int i = lane; i < b; i += 32) needed += by_middle.ceil(blocks_of(i));
-      if (warp_sum(needed) <= num_parts) {
+      if (warp_sum(sum_of([&](int n) { return by_middle.ceil(n); })) <= num_parts) {
         high = middle;
       } else {
         low = middle + 1;
       }
     }
     if (high <= size + 2 + size / 16) {
-      size = high;
+      // A block more, for the warpgroup that has less to do, takes less time than the statistics of
+      // very many pieces.
+      size = longest > kManyPieces * high ? (high + 1) / 2 * 2 : high;
       gap = 0;
     }
   }
 
   if (lane == 0) {  // stays empty past the line's end
-    *result = Part{height, b, 0, -1, 0, 0, 0, 0, gap == 0};
+    *result = Part{height, b, 0, -1, 0, gap == 0, size};
   }
   __syncwarp();
   if (part >= num_parts) return;
   const Divisor by_size(size);
   const int begin = part * size, end = begin + size;
-  const auto cost_of = [&](int n) { return gap > 0 ? n + gap : by_size.ceil(n) * size; };
-  int before = 0;  // cost of the sequences before the 32 at hand
-  for (int first = 0; first < b && before < end; first += 32) {
-    const int i = first + lane;
-    int n = blocks_of(i);
-    const int cost = i < b ? cost_of(n) : 0;
-    int sum = cost;
+  const auto cost_of = [&](int n) {
+    return gap > 0 ? n + gap : n <= size ? size : by_size.ceil(n) * size;
+  };
+  const int sum = sum_of(cost_of);
+  int start = sum;  // where the lane's first sequence starts on the line
 #pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_up_sync(0xFFFFFFFFu, sum, d);
-      if (lane >= d) sum += other;
-    }
-    int start = before + sum - cost;  // where sequence i starts on the line
-    if (i < b && start <= begin && begin < start + cost) {
+  for (int d = 1; d < 32; d *= 2) {
+    const int other = __shfl_up_sync(0xFFFFFFFFu, start, d);
+    if (lane >= d) start += other;
+  }
+  start -= sum;
+#pragma unroll 1
+  for (int i = first; i < last && start < end; ++i) {
+    const int n = blocks_of(i), cost = cost_of(n);
+    if (start <= begin && begin < start + cost) {
       result->begin_seq = i;
       result->begin_block = max(begin - start - gap, 0);
-      result->begin_seq_first_part = by_size.floor(start + gap);
+      result->begin_seq_at = start + gap;
     }
-    if (i < b && start < end && (end <= start + cost || i == b - 1)) {
-      int seq = i;
-      int end_block = min(end - start - gap, n);
-      if (end_block <= 0 &&
-          i > 0) {  // the cut falls in the gap: the part ends with its predecessor
+    if (end <= start + cost || i == b - 1) {
+      int seq = i, blocks = n, at = start + gap;
+      if (end <= at && i > 0) {  // the cut falls in the gap: the part ends with its predecessor
         seq = i - 1;
-        n = blocks_of(seq);
-        start -= cost_of(n);
-        end_block = n;
+        blocks = blocks_of(seq);
+        at = start - blocks;
       }
-      result->end_seq = end_block > 0 ? seq : -1;
-      result->end_block = end_block;
-      result->end_seq_first_part = by_size.floor(start + gap);
-      result->end_seq_last_part = by_size.floor(start + gap + n - 1);
+      result->end_seq = end > at ? seq : -1;
+      result->end_block = min(end - at, blocks);
+      result->end_seq_at = at;
+      result->end_seq_last_at = at + blocks - 1;
     }
-    before += __shfl_sync(0xFFFFFFFFu, sum, 31);
+    start += cost;
   }
   __syncwarp();
+}
+
+// Finds who else has pieces of the sequences that the part cuts; called by one thread.
+__device__ __forceinline__ Pieces find_pieces(const Part& part) {
+  const Divisor by_size(part.size);
+  return {by_size.floor(part.begin_seq_at), by_size.floor(part.end_seq_at),
+          by_size.floor(part.end_seq_last_at)};
 }
 
 }  // namespace mla
