@@ -191,6 +191,8 @@ def test_tables_and_pictures_show_what_is_there(tmp_path):
         assert (tmp_path / "new" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     nothing = dataclasses.replace(found, rows=[step.Row(1, 64, 2, 10.0, {}, {"ffi": "no"})])
     assert pictures.draw_steps(nothing, tmp_path) == "no picture: nothing was measured"
+    covered = dataclasses.replace(found, rows=[step.Row(1, 64, 2, 10.0, {"ffi": noise}, {})])
+    assert pictures.draw_steps(covered, tmp_path) is None
     text = console.file.getvalue()
     for part in (
         "2.000 0.50 500",

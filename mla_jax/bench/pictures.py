@@ -72,7 +72,7 @@ def draw_generation(report: runs.Report[generation.Row], folder: Path) -> str | 
     axes.minorticks_off()
     context = ", ".join(sorted({str(row.context) for row in report.rows}))
     axes.set(xlabel="sequences", ylabel="tokens a second", title=_title(report, context))
-    axes.legend()
+    _legend(axes)
     _save(figure, folder / "generate.png")
     return None
 
@@ -103,7 +103,7 @@ def draw_steps(report: runs.Report[step.Row], folder: Path) -> str | None:
     axes.set_yticks([y + 0.4 for y in range(len(labels))], labels)
     axes.invert_yaxis()
     axes.set(xlabel="ms a step", ylabel="sequences, context", title=_title(report))
-    axes.legend()
+    _legend(axes)
     _save(figure, folder / "step.png")
     return None
 
@@ -119,6 +119,11 @@ def _figure(height: float) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(7, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def _legend(axes: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:  # noise may have covered all times
+        axes.legend()
 
 
 def _save(figure: Any, path: Path) -> None:
