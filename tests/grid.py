@@ -281,8 +281,9 @@ class Tally:
             if found:
                 self.failed[name] += 1
                 print(f"FAILED {name} {case} {dtype} {data}: {'; '.join(found)}", flush=True)
-            error = float(np.sqrt(row[0, 2] / row[0, 4]))
-            self.worst[name, dtype, data] = max(self.worst[name, dtype, data], error)
+            kind = (name, dtype, data)
+            error = np.sqrt(row[0, 2] / row[0, 4])
+            self.worst[kind] = float(np.maximum(self.worst[kind], error))  # NaN if any is
 
     def __str__(self) -> str:
         worst = ", ".join(f"{' '.join(k)} {v:.2e}" for k, v in sorted(self.worst.items()))
