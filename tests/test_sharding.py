@@ -214,19 +214,8 @@ def test_partly_manual_mesh_of_unknown_axes(op):
 def test_context_parallel_decode(op, implementation, cut, pool, causal):
     """Every way that the newest tokens may lie: in one device's slots or pages, or in several."""
     size = suited(implementation)["page_size"]
-    lengths = [
-        0,
-        1,
-        2,
-        3,
-        size - 1,
-        size,
-        size + 1,
-        size + 2,
-        2 * size - 1,
-        2 * size + 1,
-        6 * size + 4,
-    ]
+    borders = [size - 1, size, size + 1, size + 2, 2 * size - 1, 2 * size + 1]
+    lengths = [0, 1, 2, 3, *borders, 6 * size + 4]
     p = problem(lengths, s_q=3, num_pages=40, **suited(implementation))
     table = p.block_table.copy()
     table[-1, 2:4] = [-1, 2**31 - 1]  # pages of zeros, counted once
