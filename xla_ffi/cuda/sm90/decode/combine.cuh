@@ -48,14 +48,19 @@ __device__ __forceinline__ void announce_partial(uint32_t* counter) {
   }
 }
 
-// Scratch of the combination, in the query and block buffers, which are free by then.
+// What a warp brings together of one piece for a unit: one chunk a thread, and what the values of
+// the unit's 16 rows are relative to.
+struct Gathered {
+  uint4 chunks[32];
+  float2 stats[16];  // (max in log2 units, sum)
+};
+
+// Scratch of the combination, in the query and block buffers, which are free by then. Warps that
+// share a unit leave their sums here.
 struct CombineScratch {
-  int64_t offsets[kTileRows];   // of the tile's rows in `out`
-  float inverse[2][kTileRows];  // [half]: 1 / sum of all pieces' weights
-  float2 sums[8][4][32];        // [warp][pair][lane]
-  // [row of this CTA][pieces | 1]: (max, sum) of both halves, then (factor, -) of both. After the
-  // last row the chunks of this CTA's units, [unit][piece][lane].
-  float4 stats[];
+  float2 values[8][4][32];  // [warp][pair][lane]
+  float4 stats[8][32];      // [warp][lane]: (max, max, sum, sum) of the thread's two rows
+  Gathered gathered[];      // [unit of this CTA][piece]
 };
 
 // What combining threads need to find and place things. A unit is one chunk of one warp of the
@@ -67,73 +72,33 @@ struct Combination {
   int seq, kv_head, first_row, rows;
   int first_slot, next_slot, slot_stride;  // of pieces 0, 1 and from there on
   int first_unit, units;                   // of this CTA
-  int row_group_shift;                     // log2 of the units of 16 rows
-  int first_row_group, row_groups;         // that the units touch
 
   __device__ __forceinline__ int slot_of(int s) const {
     return s == 0 ? first_slot : next_slot + (s - 1) * slot_stride;
   }
-  // An odd stride: neither rows nor pieces share banks.
-  __device__ __forceinline__ float4& stats(int row, int s) const {
-    return scratch.stats[(row - 16 * first_row_group) * (pieces | 1) + s];
+};
+
+// The sum over some pieces of a unit, as one thread has it.
+template <int kPairs>
+struct Sum {
+  RowPair max = {kNegativeInfinity, kNegativeInfinity}, sum = {0.f, 0.f};
+  float2 values[kPairs] = {};  // unnormalised; pair k is of row k % 2
+
+  __device__ __forceinline__ void follow(int row, float other) {
+    max.v[row] = fmaxf(max.v[row], other);
   }
-  __device__ __forceinline__ uint4* chunks() const {
-    return reinterpret_cast<uint4*>(&stats(16 * (first_row_group + row_groups), 0));
+  // The factor of a summand whose values are relative to `other`, once all maxima are known.
+  __device__ __forceinline__ float factor(int row, float other) const {
+    return rescale_factor(other, max.v[row]);
+  }
+  __device__ __forceinline__ void add(int pair, const float2& x, float factor) {
+    values[pair].x += x.x * factor;
+    values[pair].y += x.y * factor;
   }
 };
 
-// Joins what the members of a team hold, neighbouring lanes: every one gets the whole.
-template <typename Join>
-__device__ __forceinline__ float2 join_team(float2 v, int team, Join&& join) {
-#pragma unroll 1
-  for (int d = 1; d < team; d *= 2) {
-    v.x = join(v.x, __shfl_xor_sync(0xFFFFFFFFu, v.x, d));
-    v.y = join(v.y, __shfl_xor_sync(0xFFFFFFFFu, v.y, d));
-  }
-  return v;
-}
-
-// Turns the pieces' statistics into factors for their values. All threads share the rows: 16, 8 or
-// 4 for each.
-__device__ __forceinline__ void find_factors(const Combination& c) {
-  const int team = c.row_groups == 1 ? 16 : c.row_groups == 2 ? 8 : 4;
-  const int row = 16 * c.first_row_group + threadIdx.x / team, member = threadIdx.x % team;
-  if (threadIdx.x < 16 * c.row_groups * team) {  // whole warps
-    float2 max = {kNegativeInfinity, kNegativeInfinity}, sum = {0.f, 0.f};
-#pragma unroll 4
-    for (int s = member; s < c.pieces; s += team) {
-      const float4 v = __ldcg(partial_stats(c.args, c.slot_of(s), row));
-      c.stats(row, s) = v;
-      max.x = fmaxf(max.x, v.x);
-      max.y = fmaxf(max.y, v.z);
-    }
-    max = join_team(max, team, [](float a, float b) { return fmaxf(a, b); });
-#pragma unroll 4
-    for (int s = member; s < c.pieces; s += team) {
-      float4& v = c.stats(row, s);
-      v.x = rescale_factor(v.x, max.x);
-      v.z = rescale_factor(v.z, max.y);
-      sum.x += v.x * v.y;
-      sum.y += v.z * v.w;
-    }
-    sum = join_team(sum, team, [](float a, float b) { return a + b; });
-    if (member == 0 && row < c.rows) {
-      c.scratch.offsets[row] = out_offset(c.args, c.seq, c.kv_head, c.first_row + row);
-      c.scratch.inverse[0][row] = sum.x == 0.f ? 0.f : 1.f / sum.x;
-      c.scratch.inverse[1][row] = sum.y == 0.f ? 0.f : 1.f / sum.y;
-      // By the CTA that has the first unit of these rows.
-      const int first_unit = row / 16 << c.row_group_shift;
-      if (c.first_unit <= first_unit && first_unit < c.first_unit + c.units) {
-        c.args.lse[lse_offset(c.args, c.seq, c.kv_head, c.first_row + row)] =
-            log_sum_exp(max.x, sum.x);
-      }
-    }
-  }
-  ptx::named_barrier_sync(kConsumers, kConsumerThreads);
-}
-
-// Sums the CTA's units. All that they need is on the way to shared memory while the factors are
-// found. Loops are hardly unrolled: code that runs once takes longest to fetch.
+// Sums the CTA's units: each warp copies what it will sum to shared memory, and needs no other warp
+// unless they share a unit. Loops are hardly unrolled: code that runs once takes longest to fetch.
 template <typename T, typename Partial>
 __device__ __forceinline__ void combine_units(const Combination& c) {
   using Format = PartialFormat<Partial>;
@@ -141,70 +106,97 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pieces = c.pieces;
   const int team = c.units > 4 ? 1 : c.units > 2 ? 2 : c.units > 1 ? 4 : 8;  // warps of a unit
   const int member = warp % team, step = 8 / team;
-  uint4* chunks = c.chunks();
+  const auto row_group_of = [&](int i) { return c.first_unit + i >> kRowGroupShift<Partial>; };
+  const auto chunk_of = [&](int i) {
+    return c.first_unit + i & (1 << kRowGroupShift<Partial>) - 1;
+  };
 
 #pragma unroll 1
   for (int i = warp / team; i < c.units; i += step) {
-    const int unit = c.first_unit + i, row_group = unit >> kRowGroupShift<Partial>;
-    const int chunk = unit - (row_group << kRowGroupShift<Partial>);
+    const int row_group = row_group_of(i), chunk = chunk_of(i), half = chunk / kChunks<Partial>;
+    const int64_t chunks = chunk * 128 + row_group * 32 + lane;
 #pragma unroll 4
     for (int s = member; s < pieces; s += team) {
-      ptx::copy_async_16(
-          chunks + (i * pieces + s) * 32 + lane,
-          partial_chunks(c.args, c.slot_of(s)) + chunk * 128 + row_group * 32 + lane);
+      Gathered& to = c.scratch.gathered[i * pieces + s];
+      const int slot = c.slot_of(s);
+      ptx::copy_async_16(&to.chunks[lane], partial_chunks(c.args, slot) + chunks);
+      if (lane < 8) {
+        ptx::copy_async_16(&to.stats[2 * lane],
+                           partial_stats(c.args, slot, half, 16 * row_group + 2 * lane));
+      }
     }
   }
-  find_factors(c);
   ptx::copy_async_wait();
+  __syncwarp();
 
   int i = warp / team;
 #pragma unroll 1
   do {  // once where warps share units, so that all of them meet
-    const int unit = c.first_unit + i, row_group = unit >> kRowGroupShift<Partial>;
-    const int chunk = unit - (row_group << kRowGroupShift<Partial>);
-    const int half = chunk / kChunks<Partial>, row = 16 * row_group + lane / 4;
-    float2 sum[kPairs] = {};
+    Sum<kPairs> total;
     if (i < c.units) {
+      const Gathered* gathered = c.scratch.gathered + i * pieces;
 #pragma unroll 4
       for (int s = member; s < pieces; s += team) {
-        const uint4 v = chunks[(i * pieces + s) * 32 + lane];
-        const uint32_t packed[4] = {v.x, v.y, v.z, v.w};
-        const float factor[2] = {(&c.stats(row, s).x)[2 * half],
-                                 (&c.stats(row + 8, s).x)[2 * half]};
 #pragma unroll
-        for (int k = 0; k < kPairs; ++k) {
-          const float2 x = Format::unpack(packed, k);
-          sum[k].x += x.x * factor[k % 2];
-          sum[k].y += x.y * factor[k % 2];
+        for (int e = 0; e < 2; ++e) total.follow(e, gathered[s].stats[lane / 4 + 8 * e].x);
+      }
+#pragma unroll 4
+      for (int s = member; s < pieces; s += team) {
+        float factor[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float2 stats = gathered[s].stats[lane / 4 + 8 * e];
+          factor[e] = total.factor(e, stats.x);
+          total.sum.v[e] += factor[e] * stats.y;
         }
+        const uint4 v = gathered[s].chunks[lane];
+        const uint32_t packed[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int k = 0; k < kPairs; ++k) total.add(k, Format::unpack(packed, k), factor[k % 2]);
       }
     }
     if (team > 1) {
+      c.scratch.stats[warp][lane] =
+          make_float4(total.max.v[0], total.max.v[1], total.sum.v[0], total.sum.v[1]);
 #pragma unroll
-      for (int k = 0; k < kPairs; ++k) c.scratch.sums[warp][k][lane] = sum[k];
+      for (int k = 0; k < kPairs; ++k) c.scratch.values[warp][k][lane] = total.values[k];
       ptx::named_barrier_sync(kConsumers, kConsumerThreads);
       if (member > 0) return;
-#pragma unroll 1
-      for (int other = 1; other < team; ++other) {
+      total = Sum<kPairs>();
+#pragma unroll 2
+      for (int w = warp; w < warp + team; ++w) {
+        total.follow(0, c.scratch.stats[w][lane].x);
+        total.follow(1, c.scratch.stats[w][lane].y);
+      }
+#pragma unroll 2
+      for (int w = warp; w < warp + team; ++w) {
+        const float4 stats = c.scratch.stats[w][lane];
+        const float factor[2] = {total.factor(0, stats.x), total.factor(1, stats.y)};
+        total.sum.v[0] += factor[0] * stats.z;
+        total.sum.v[1] += factor[1] * stats.w;
 #pragma unroll
         for (int k = 0; k < kPairs; ++k) {
-          sum[k].x += c.scratch.sums[warp + other][k][lane].x;
-          sum[k].y += c.scratch.sums[warp + other][k][lane].y;
+          total.add(k, c.scratch.values[w][k][lane], factor[k % 2]);
         }
       }
     }
     if (i >= c.units) return;
-    const int column = chunk * (4 * kPairs) + 2 * (lane % 4);
+    const int chunk = chunk_of(i), column = chunk * (4 * kPairs) + 2 * (lane % 4);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int r = row + 8 * e;
-      if (r >= c.rows) continue;
-      const float inverse = c.scratch.inverse[half][r];
-      T* dst = static_cast<T*>(c.args.out) + c.scratch.offsets[r] + column;
+      const int row = 16 * row_group_of(i) + lane / 4 + 8 * e;
+      if (row >= c.rows) continue;
+      const float sum = total.sum.v[e], inverse = sum == 0.f ? 0.f : 1.f / sum;
+      T* dst = static_cast<T*>(c.args.out) +
+               out_offset(c.args, c.seq, c.kv_head, c.first_row + row) + column;
 #pragma unroll
       for (int k = e; k < kPairs; k += 2) {
         *reinterpret_cast<uint32_t*>(dst + k / 2 * 8) =
-            wgmma::Mma<T>::pack(sum[k].x * inverse, sum[k].y * inverse);
+            wgmma::Mma<T>::pack(total.values[k].x * inverse, total.values[k].y * inverse);
+      }
+      if (chunk == 0 && lane % 4 == 0) {
+        c.args.lse[lse_offset(c.args, c.seq, c.kv_head, c.first_row + row)] =
+            log_sum_exp(total.max.v[e], sum);
       }
     }
     i += step;
@@ -213,13 +205,10 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
 
 // Gives share `share` of `shares` its units.
 __device__ __forceinline__ void take_units(Combination& c, bool half, int share, int shares) {
-  c.row_group_shift = half ? kRowGroupShift<__half> : kRowGroupShift<float>;
-  const int all = (c.rows + 15) / 16 << c.row_group_shift;
+  const int all = (c.rows + 15) / 16 << (half ? kRowGroupShift<__half> : kRowGroupShift<float>);
   const int most = Divisor(shares).ceil(all);
   c.first_unit = share * most;
   c.units = min(most, all - c.first_unit);
-  c.first_row_group = c.first_unit >> c.row_group_shift;
-  c.row_groups = (c.first_unit + c.units - 1 >> c.row_group_shift) - c.first_row_group + 1;
 }
 
 // Waits for all pieces and combines this part's share; called by all consumers.
@@ -240,11 +229,11 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& pla
   const bool half = is_half(args, rows);
   take_units(c, half, place.part - split.first_part, split.helpers);
   if (c.units <= 0) return;
-  if (threadIdx.x == 0) {
+  if (threadIdx.x % 32 == 0) {
     while (ptx::acquire_load(args.counters + cta) < static_cast<uint32_t>(split.pieces)) {
     }
   }
-  ptx::named_barrier_sync(kConsumers, kConsumerThreads);
+  __syncwarp();
   if (half) {
     combine_units<T, __half>(c);
   } else {
@@ -254,8 +243,8 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& pla
 
 // Combines what batch-invariant decode has cut; kFixedShares CTAs for each sequence and tile.
 inline constexpr int kFixedShares = 16;
-inline constexpr int kFixedCombineBytes =  // at most 8 units, of one row group
-    sizeof(CombineScratch) + 16 * (kFixedPieces | 1) * 16 + 8 * kFixedPieces * 512;
+inline constexpr int kFixedCombineBytes =  // at most 8 units
+    sizeof(CombineScratch) + 8 * kFixedPieces * sizeof(Gathered);
 
 template <typename T>
 __global__ void __launch_bounds__(kConsumerThreads)

@@ -105,7 +105,7 @@ cudaError_t dispatch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
 struct Slots {
   int64_t count;
   size_t bytes;
-  size_t size() const { return count * (bytes + kTileRows * sizeof(float4)); }
+  size_t size() const { return count * (bytes + 2 * kTileRows * sizeof(float2)); }
 };
 
 int64_t num_groups(int rows, int h_kv, int height) {
@@ -195,7 +195,7 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
   }
   args.slot_chunks = slots.bytes / sizeof(uint4);
   args.partial_out = static_cast<uint4*>(p.workspace);
-  args.partial_stats = reinterpret_cast<float4*>(args.partial_out + slots.count * args.slot_chunks);
+  args.partial_stats = reinterpret_cast<float2*>(args.partial_out + slots.count * args.slot_chunks);
   return p.dtype == MLA_BF16
              ? dispatch<__nv_bfloat16>(p, args, ctas, static_cast<cudaStream_t>(stream))
              : dispatch<__half>(p, args, ctas, static_cast<cudaStream_t>(stream));

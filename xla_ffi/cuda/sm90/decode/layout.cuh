@@ -29,7 +29,7 @@ struct DecodeArgs {
   void* out;
   float* lse;
   uint4* partial_out;  // partial results of split sequences, see partial.cuh
-  float4* partial_stats;
+  float2* partial_stats;
   int64_t slot_chunks;  // from one partial result to the next in partial_out
   uint32_t* counters;   // [CTAs], garbage until counters_clear
   int b, s_q, h_q;

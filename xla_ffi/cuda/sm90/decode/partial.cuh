@@ -86,9 +86,10 @@ inline constexpr int kRowGroupShift = PartialFormat<Partial>::kPairs == 4 ? 5 : 
 __device__ __forceinline__ uint4* partial_chunks(const DecodeArgs& args, int slot) {
   return args.partial_out + slot * args.slot_chunks;
 }
-// (max in log2 units, sum) of the left half's scale and of the right half's.
-__device__ __forceinline__ float4* partial_stats(const DecodeArgs& args, int slot, int row) {
-  return args.partial_stats + slot * kTileRows + row;
+// (max in log2 units, sum) of a row, in the scale of one half of its values.
+__device__ __forceinline__ float2* partial_stats(const DecodeArgs& args, int slot, int half,
+                                                 int row) {
+  return args.partial_stats + (2 * slot + half) * kTileRows + row;
 }
 
 // Writes the share of one warpgroup.
@@ -105,7 +106,7 @@ __device__ __forceinline__ void store_partial(const DecodeArgs& args, int slot, 
     const int exponent = Format::exponent(output, e);
     scale[e] = __int_as_float((127 - exponent) << 23);
     if (thread % 4 == 0) {
-      __stcg(reinterpret_cast<float2*>(partial_stats(args, slot, row + 8 * e)) + half,
+      __stcg(partial_stats(args, slot, half, row + 8 * e),
              make_float2(max.v[e] + exponent, sum.v[e] * scale[e]));
     }
   }
