@@ -22,7 +22,8 @@ namespace mla {
 struct Split {
   int first_part;  // holds the first piece; the others follow
   int pieces;
-  int helpers;  // the parts, from the first on, that combine
+  int helpers;  // how many parts combine
+  int share;    // this part's number among them
 };
 
 // The counters hold garbage when the kernel starts. One idle thread of each CTA clears the CTA's
@@ -115,15 +116,18 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
   for (int i = warp / team; i < c.units; i += step) {
     const int row_group = row_group_of(i), chunk = chunk_of(i), half = chunk / kChunks<Partial>;
     const int64_t chunks = chunk * 128 + row_group * 32 + lane;
+    Gathered* gathered = c.scratch.gathered + i * pieces;
+    // The statistics of four pieces at a time: a copy costs the same for all lanes as for few.
+#pragma unroll 1
+    for (int s = member + lane / 8 * team; s < pieces; s += 4 * team) {
+      const int pair = lane % 8;  // of rows
+      ptx::copy_async_16(&gathered[s].stats[2 * pair],
+                         partial_stats(c.args, c.slot_of(s), half, 16 * row_group + 2 * pair));
+    }
 #pragma unroll 4
     for (int s = member; s < pieces; s += team) {
-      Gathered& to = c.scratch.gathered[i * pieces + s];
-      const int slot = c.slot_of(s);
-      ptx::copy_async_16(&to.chunks[lane], partial_chunks(c.args, slot) + chunks);
-      if (lane < 8) {
-        ptx::copy_async_16(&to.stats[2 * lane],
-                           partial_stats(c.args, slot, half, 16 * row_group + 2 * lane));
-      }
+      ptx::copy_async_16(&gathered[s].chunks[lane],
+                         partial_chunks(c.args, c.slot_of(s)) + chunks);
     }
   }
   ptx::copy_async_wait();
@@ -227,13 +231,13 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& pla
                    partial_slot(cta + place.groups, false),
                    2 * place.groups};
   const bool half = is_half(args, rows);
-  take_units(c, half, place.part - split.first_part, split.helpers);
+  take_units(c, half, split.share, split.helpers);
   if (c.units <= 0) return;
-  if (threadIdx.x % 32 == 0) {
+  if (threadIdx.x == 0) {
     while (ptx::acquire_load(args.counters + cta) < static_cast<uint32_t>(split.pieces)) {
     }
   }
-  __syncwarp();
+  ptx::named_barrier_sync(kConsumers, kConsumerThreads);
   if (half) {
     combine_units<T, __half>(c);
   } else {

@@ -372,7 +372,7 @@ struct Decode {
     uint32_t uses = 0;  // of this warpgroup's block buffer
     const Part& part = shared.part;
     const bool fixed = args.fixed_pieces > 0;
-    Split split = {0, 0, 0};  // of the item at hand
+    Split split = {};  // of the item at hand
     for_each_item(args, part, [&](const Item& item) {
       const Rows rows = rows_of(args, place, item);
       RowPair max = {kNegativeInfinity, kNegativeInfinity}, sum = {0.f, 0.f};
@@ -400,7 +400,6 @@ struct Decode {
 
       split.helpers = 0;
       if (item.whole) {
-        split.first_part = 0;
         store_output(args, place, item, rows, half, output, max, sum);
         return;
       }
@@ -418,11 +417,20 @@ struct Decode {
       const bool last = item.seq == part.end_seq;
       split.first_part = last ? pieces.end_seq_first : pieces.begin_seq_first;
       split.pieces = (last ? pieces.end_seq_last : place.part) - split.first_part + 1;
-      split.helpers = split.pieces - !part.one_sequence;
+      split.helpers = part.one_sequence ? split.pieces + pieces.helpers : split.pieces - 1;
+      split.share = place.part - split.first_part;
       announce_partial(args.counters + place.peer(split.first_part));
     });
+    if (part.helper >= 0) {
+      ptx::mbarrier_wait(&shared.counters_clear, 0);
+      const Pieces& pieces = shared.pieces;
+      split.first_part = pieces.end_seq_first;
+      split.pieces = pieces.end_seq_last - pieces.end_seq_first + 1;
+      split.helpers = split.pieces > 1 ? split.pieces + pieces.helpers : 0;
+      split.share = split.pieces + part.helper;
+    }
     // Whoever goes on to another sequence holds nobody up: only the last item is waited for.
-    if (place.part < split.first_part + split.helpers) {
+    if (split.share < split.helpers) {
       combine<T>(args, place, part.end_seq, split, shared.query);
     }
   }
@@ -479,7 +487,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else if (threadIdx.x == 288) {
       Kernel::produce_queries(args, query_maps, shared, place);
     } else if (threadIdx.x == 320 && args.cooperative) {
-      shared.pieces = find_pieces(shared.part);
+      shared.pieces = find_pieces(shared.part, args.grids[shared.part.height].parts.value, args.b);
       clear_counters(args, &shared.counters_clear);
     }
     __syncwarp();

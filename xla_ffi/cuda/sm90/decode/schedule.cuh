@@ -70,13 +70,16 @@ struct Part {
   int end_seq, end_block;
   bool one_sequence;  // no part spans two sequences
   // For find_pieces: the parts' size, and where on the line begin_seq's first block and end_seq's
-  // first and last lie.
-  int size, begin_seq_at, end_seq_at, end_seq_last_at;
+  // first and last lie, and the line's end.
+  int size, begin_seq_at, end_seq_at, end_seq_last_at, line_end;
+  int helper = -1;  // of a part without work: its number among end_seq's helpers, if it is one
 };
 
-// The parts that hold begin_seq's first block, end_seq's first and its last.
+// Who else has pieces of the sequences that a part cuts: the parts that hold begin_seq's first
+// block, end_seq's first and its last, and how many without work help with each sequence.
 struct Pieces {
   int begin_seq_first, end_seq_first, end_seq_last;
+  int helpers;
 };
 
 // Tokens of sequence i that count. Lengths may be anything; the table bounds them.
@@ -140,6 +143,11 @@ __device__ inline Part fixed_part(const int32_t* seqlens, int b, int max_tokens,
   return Part{0, seq, begin, seq, min(begin + size, blocks), true};
 }
 
+// Parts without work that help to combine each sequence, where no part spans two.
+__device__ __forceinline__ int spare_helpers(int num_parts, int used, int b) {
+  return Divisor(b).floor(num_parts - used);
+}
+
 // Finds the part of the `cta`-th CTA; called by one whole warp, the result is in `*result` (shared
 // memory). The kernel's first load waits for it.
 __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, int cta,
@@ -201,7 +209,7 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
   }
 
   if (lane == 0) {  // stays empty past the line's end
-    *result = Part{height, b, 0, -1, 0, gap == 0, size};
+    *result = Part{height, b, 0, -1, 0, gap == 0, size, 0, 0, 0, 0, -1};
   }
   __syncwarp();
   if (part >= num_parts) return;
@@ -217,6 +225,7 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
     const int other = __shfl_up_sync(0xFFFFFFFFu, start, d);
     if (lane >= d) start += other;
   }
+  if (lane == 31) result->line_end = start;
   start -= sum;
 #pragma unroll 1
   for (int i = first; i < last && start < end; ++i) {
@@ -241,13 +250,30 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
     start += cost;
   }
   __syncwarp();
+  if (gap > 0 || begin < result->line_end) return;
+
+  // No work, so it helps: past the line all lanes have gone through their sequences.
+  const int used = by_size.floor(result->line_end), helpers = spare_helpers(num_parts, used, b);
+  if (part - used >= helpers * b) return;
+  const int seq = Divisor(helpers).floor(part - used);
+  if (first <= seq && seq < last) {
+    start -= sum;
+#pragma unroll 1
+    for (int i = first; i < seq; ++i) start += cost_of(blocks_of(i));
+    result->end_seq = seq;
+    result->end_seq_at = start;
+    result->end_seq_last_at = start + blocks_of(seq) - 1;
+    result->helper = part - used - seq * helpers;
+  }
+  __syncwarp();
 }
 
-// Finds who else has pieces of the sequences that the part cuts; called by one thread.
-__device__ __forceinline__ Pieces find_pieces(const Part& part) {
+// Called by one thread.
+__device__ __forceinline__ Pieces find_pieces(const Part& part, int num_parts, int b) {
   const Divisor by_size(part.size);
   return {by_size.floor(part.begin_seq_at), by_size.floor(part.end_seq_at),
-          by_size.floor(part.end_seq_last_at)};
+          by_size.floor(part.end_seq_last_at),
+          part.one_sequence ? spare_helpers(num_parts, by_size.floor(part.line_end), b) : 0};
 }
 
 }  // namespace mla
