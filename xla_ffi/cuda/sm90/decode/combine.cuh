@@ -92,6 +92,14 @@ struct Sum {
   __device__ __forceinline__ float factor(int row, float other) const {
     return rescale_factor(other, max.v[row]);
   }
+  __device__ __forceinline__ void scale(int row, float factor) {
+    sum.v[row] *= factor;
+#pragma unroll
+    for (int k = row; k < kPairs; k += 2) {
+      values[k].x *= factor;
+      values[k].y *= factor;
+    }
+  }
   __device__ __forceinline__ void add(int pair, const float2& x, float factor) {
     values[pair].x += x.x * factor;
     values[pair].y += x.y * factor;
@@ -166,21 +174,30 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
       for (int k = 0; k < kPairs; ++k) c.scratch.values[warp][k][lane] = total.values[k];
       ptx::named_barrier_sync(kConsumers, kConsumerThreads);
       if (member > 0) return;
-      total = Sum<kPairs>();
-#pragma unroll 2
-      for (int w = warp; w < warp + team; ++w) {
-        total.follow(0, c.scratch.stats[w][lane].x);
-        total.follow(1, c.scratch.stats[w][lane].y);
+      // Unrolled, so that all loads are on their way at once.
+      float4 stats[8];
+#pragma unroll
+      for (int w = 1; w < 8; ++w) {
+        stats[w] = make_float4(kNegativeInfinity, kNegativeInfinity, 0.f, 0.f);
+        if (w < team) stats[w] = c.scratch.stats[warp + w][lane];
       }
-#pragma unroll 2
-      for (int w = warp; w < warp + team; ++w) {
-        const float4 stats = c.scratch.stats[w][lane];
-        const float factor[2] = {total.factor(0, stats.x), total.factor(1, stats.y)};
-        total.sum.v[0] += factor[0] * stats.z;
-        total.sum.v[1] += factor[1] * stats.w;
+      const RowPair own = total.max;
+#pragma unroll
+      for (int w = 1; w < 8; ++w) {
+        total.follow(0, stats[w].x);
+        total.follow(1, stats[w].y);
+      }
+      total.scale(0, total.factor(0, own.v[0]));
+      total.scale(1, total.factor(1, own.v[1]));
+#pragma unroll
+      for (int w = 1; w < 8; ++w) {
+        if (w >= team) break;
+        const float factor[2] = {total.factor(0, stats[w].x), total.factor(1, stats[w].y)};
+        total.sum.v[0] += factor[0] * stats[w].z;
+        total.sum.v[1] += factor[1] * stats[w].w;
 #pragma unroll
         for (int k = 0; k < kPairs; ++k) {
-          total.add(k, c.scratch.values[w][k][lane], factor[k % 2]);
+          total.add(k, c.scratch.values[warp + w][k][lane], factor[k % 2]);
         }
       }
     }
@@ -190,7 +207,7 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
     for (int e = 0; e < 2; ++e) {
       const int row = 16 * row_group_of(i) + lane / 4 + 8 * e;
       if (row >= c.rows) continue;
-      const float sum = total.sum.v[e], inverse = sum == 0.f ? 0.f : 1.f / sum;
+      const float sum = total.sum.v[e], inverse = sum == 0.f ? 0.f : ptx::reciprocal_approx(sum);
       T* dst = static_cast<T*>(c.args.out) +
                out_offset(c.args, c.seq, c.kv_head, c.first_row + row) + column;
 #pragma unroll

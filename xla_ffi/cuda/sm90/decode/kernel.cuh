@@ -63,7 +63,7 @@ struct Decode {
     const int shift = min(args.page_shift, kBlockShift);  // log2 of the tokens of one copy
     const int copies = kBlockTokens >> shift;             // that make up a block
     const uint64_t policy = ptx::l2_evict_first_policy();
-    uint32_t parities = 3;  // a bit for each buffer
+    uint32_t copied = 0, parities = 0;  // a bit for each buffer
     // The half that is given back first is copied first. With many tiles to a block, arithmetic
     // binds, and scores that start early only take tensor cores from what gives the rest back.
     const bool early = place.groups <= 2;
@@ -84,16 +84,20 @@ struct Decode {
       for (int block = item.begin; block < item.end; ++block) {
         const int buffer = (block - item.begin) & 1;
         const int row = block * kBlockTokens & (args.page_size - 1);
+        const bool used = copied >> buffer & 1;  // before, so that it must have been given back
         const uint32_t parity = parities >> buffer & 1;
-        parities ^= 1 << buffer;
+        copied |= 1 << buffer;
+        if (used) parities ^= 1 << buffer;
 #pragma unroll
         for (int i = 0; i < kBoxes; ++i) {
           const int box = box_in_order(buffer, i), first = 2 * box;
           if (first >= kPieces) break;
           // The weights, in the RoPE piece, are last read for the other half.
           const int half = i < 2 ? buffer : 1 - buffer;
-          if (i == 0 || i == 2) ptx::mbarrier_wait(&shared.cache_empty[buffer][half], parity);
-          if (i == 0 && !early) ptx::mbarrier_wait(&shared.cache_empty[buffer][1 - half], parity);
+          if (used && (i == 0 || i == 2)) {
+            ptx::mbarrier_wait(&shared.cache_empty[buffer][half], parity);
+            if (i == 0 && !early) ptx::mbarrier_wait(&shared.cache_empty[buffer][1 - half], parity);
+          }
           uint64_t* full = &shared.cache_full[buffer][box];
           const int end = min(first + 2, kPieces);
           ptx::mbarrier_arrive_expect_tx(full, (end - first) * wgmma::kPieceBytes);
@@ -436,6 +440,18 @@ struct Decode {
   }
 };
 
+// By one thread, before any other uses them.
+__device__ __forceinline__ void init_mbarriers(Shared& shared) {
+  ptx::mbarrier_init(&shared.query_full, 1);
+  ptx::mbarrier_init(&shared.query_empty, 8);
+  ptx::mbarrier_init(&shared.counters_clear, 1);
+  for (int buffer = 0; buffer < 2; ++buffer) {
+    for (uint64_t& full : shared.cache_full[buffer]) ptx::mbarrier_init(&full, 1);
+    for (uint64_t& empty : shared.cache_empty[buffer]) ptx::mbarrier_init(&empty, 4);
+  }
+  ptx::mbarrier_init_fence();
+}
+
 template <typename T, int kPieces>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeArgs args,
@@ -461,22 +477,23 @@ __global__ void __launch_bounds__(kThreads, 1)
       find_part(args.seqlens, args.b, max_tokens, blockIdx.x, args.grids, &shared.part);
     }
     if (threadIdx.x % 32 == 0) shared.place = Place::here(args, shared.part.height);
-  } else if (threadIdx.x == 0) {
-    ptx::mbarrier_init(&shared.query_full, 1);
-    ptx::mbarrier_init(&shared.query_empty, 8);
-    ptx::mbarrier_init(&shared.counters_clear, 1);
-    for (int buffer = 0; buffer < 2; ++buffer) {
-      for (uint64_t& full : shared.cache_full[buffer]) ptx::mbarrier_init(&full, 1);
-      for (uint64_t& empty : shared.cache_empty[buffer]) ptx::mbarrier_init(&empty, 4);
+    // The others wait for what this warp has found; it starts to copy at once.
+    ptx::named_barrier_sync(kMbarriersReady, 64);
+    ptx::named_barrier_arrive(kStart, kThreads);
+  } else {
+    if (warp == 0) {
+      if (threadIdx.x == 0) init_mbarriers(shared);
+      __syncwarp();
+      ptx::named_barrier_arrive(kMbarriersReady, 64);
     }
-    ptx::mbarrier_init_fence();
-  } else if (threadIdx.x < kConsumerThreads) {
-    // The block table is wanted as soon as the part is known; a small one gets here meanwhile.
-    const int64_t entry = int64_t{threadIdx.x - 1} * 32;
+    const int64_t entry = int64_t{threadIdx.x} * 32;
     const int64_t entries = int64_t{args.b} * args.max_pages_per_seq;
-    if (entry < entries) ptx::prefetch_l2(args.block_table + entry);
+    // The block table is wanted as soon as the part is known; a small one gets here meanwhile.
+    if (threadIdx.x < kConsumerThreads && entry < entries) {
+      ptx::prefetch_l2(args.block_table + entry);
+    }
+    ptx::named_barrier_sync(kStart, kThreads);
   }
-  __syncthreads();
   const Place place = shared.place;
 
   // 168 registers a thread at launch; the copiers' go to the others.

@@ -149,6 +149,8 @@ enum NamedBarrier : int {
   kOddWeightsReady = 2,
   kConsumers = 3,
   kWarpgroup = 4,  // and 5: one warpgroup
+  kStart = 6,      // the part is known
+  kMbarriersReady = 7,
 };
 
 }  // namespace mla
