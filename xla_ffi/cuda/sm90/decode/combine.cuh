@@ -88,9 +88,9 @@ struct Sum {
   __device__ __forceinline__ void follow(int row, float other) {
     max.v[row] = fmaxf(max.v[row], other);
   }
-  // The factor of a summand whose values are relative to `other`, once all maxima are known.
-  __device__ __forceinline__ float factor(int row, float other) const {
-    return rescale_factor(other, max.v[row]);
+  // What exponents are relative to, once all maxima are known: 0 while nothing has been seen.
+  __device__ __forceinline__ float reference(int row) const {
+    return max.v[row] == kNegativeInfinity ? 0.f : max.v[row];
   }
   __device__ __forceinline__ void scale(int row, float factor) {
     sum.v[row] *= factor;
@@ -152,13 +152,14 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) total.follow(e, gathered[s].stats[lane / 4 + 8 * e].x);
       }
+      const float reference[2] = {total.reference(0), total.reference(1)};
 #pragma unroll 4
       for (int s = member; s < pieces; s += team) {
         float factor[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const float2 stats = gathered[s].stats[lane / 4 + 8 * e];
-          factor[e] = total.factor(e, stats.x);
+          factor[e] = ptx::exp2_approx(stats.x - reference[e]);
           total.sum.v[e] += factor[e] * stats.y;
         }
         const uint4 v = gathered[s].chunks[lane];
@@ -187,12 +188,14 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
         total.follow(0, stats[w].x);
         total.follow(1, stats[w].y);
       }
-      total.scale(0, total.factor(0, own.v[0]));
-      total.scale(1, total.factor(1, own.v[1]));
+      const float reference[2] = {total.reference(0), total.reference(1)};
+      total.scale(0, ptx::exp2_approx(own.v[0] - reference[0]));
+      total.scale(1, ptx::exp2_approx(own.v[1] - reference[1]));
 #pragma unroll
       for (int w = 1; w < 8; ++w) {
         if (w >= team) break;
-        const float factor[2] = {total.factor(0, stats[w].x), total.factor(1, stats[w].y)};
+        const float factor[2] = {ptx::exp2_approx(stats[w].x - reference[0]),
+                                 ptx::exp2_approx(stats[w].y - reference[1])};
         total.sum.v[0] += factor[0] * stats[w].z;
         total.sum.v[1] += factor[1] * stats[w].w;
 #pragma unroll

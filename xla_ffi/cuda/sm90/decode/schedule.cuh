@@ -68,6 +68,7 @@ struct Part {
   int height;  // index of the tiles' height
   int begin_seq, begin_block;
   int end_seq, end_block;
+  int begin_tokens;   // of begin_seq
   bool one_sequence;  // no part spans two sequences
   // For find_pieces: the parts' size, and where on the line begin_seq's first block and end_seq's
   // first and last lie, and the line's end.
@@ -120,6 +121,9 @@ inline constexpr int kCombineOverhead = 4;
 // A sequence that would have more pieces is cut into pieces of an even number of blocks.
 inline constexpr int kManyPieces = 64;
 
+// Sequences whose blocks a lane of the prologue keeps in registers: all of a batch of 128.
+inline constexpr int kHeldSequences = 4;
+
 // Batch-invariant decode cuts a sequence by its own length alone: pieces of 8 blocks or more, 16
 // pieces at most. Each is the part of one CTA, and a second kernel combines them.
 inline constexpr int kFixedPieces = 16;
@@ -136,11 +140,11 @@ __host__ __device__ __forceinline__ int most_fixed_pieces(int blocks) {
 // The part that is piece `index % pieces` of sequence `index / pieces`, if there is such a piece.
 __device__ inline Part fixed_part(const int32_t* seqlens, int b, int max_tokens, int index,
                                   int pieces) {
-  const int seq = index / pieces,
-            blocks = sequence_blocks(sequence_tokens(seqlens, seq, max_tokens));
+  const int seq = index / pieces, tokens = sequence_tokens(seqlens, seq, max_tokens);
+  const int blocks = sequence_blocks(tokens);
   const int size = fixed_piece_blocks(blocks), begin = (index - seq * pieces) * size;
-  if (begin >= blocks) return Part{0, b, 0, -1, 0, true};
-  return Part{0, seq, begin, seq, min(begin + size, blocks), true};
+  if (begin >= blocks) return Part{0, b, 0, -1, 0, 0, true};
+  return Part{0, seq, begin, seq, min(begin + size, blocks), tokens, true};
 }
 
 // Parts without work that help to combine each sequence, where no part spans two.
@@ -158,10 +162,17 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
   const auto blocks_of = [&](int i) {
     return sequence_blocks(sequence_tokens(seqlens, i, max_tokens));
   };
+  int held[kHeldSequences];  // blocks of the lane's first sequences
+#pragma unroll
+  for (int j = 0; j < kHeldSequences; ++j) held[j] = first + j < last ? blocks_of(first + j) : 0;
   const auto sum_of = [&](auto&& cost_of) {
     int sum = 0;
+#pragma unroll
+    for (int j = 0; j < kHeldSequences; ++j) {
+      if (held[j] > 0) sum += cost_of(held[j]);
+    }
 #pragma unroll 1
-    for (int i = first; i < last; ++i) sum += cost_of(blocks_of(i));
+    for (int i = first + kHeldSequences; i < last; ++i) sum += cost_of(blocks_of(i));
     return sum;
   };
 
@@ -209,7 +220,7 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
   }
 
   if (lane == 0) {  // stays empty past the line's end
-    *result = Part{height, b, 0, -1, 0, gap == 0, size, 0, 0, 0, 0, -1};
+    *result = Part{height, b, 0, -1, 0, 0, gap == 0, size, 0, 0, 0, 0, -1};
   }
   __syncwarp();
   if (part >= num_parts) return;
@@ -232,6 +243,7 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
     const int n = blocks_of(i), cost = cost_of(n);
     if (start <= begin && begin < start + cost) {
       result->begin_seq = i;
+      result->begin_tokens = sequence_tokens(seqlens, i, max_tokens);
       result->begin_block = max(begin - start - gap, 0);
       result->begin_seq_at = start + gap;
     }
