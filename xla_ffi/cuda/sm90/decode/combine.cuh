@@ -79,26 +79,34 @@ struct Combination {
   }
 };
 
+// Pieces that a warp adds at a time: their latencies pass together.
+inline constexpr int kBatch = 4;
+
 // The sum over some pieces of a unit, as one thread has it.
 template <int kPairs>
 struct Sum {
   RowPair max = {kNegativeInfinity, kNegativeInfinity}, sum = {0.f, 0.f};
-  float2 values[kPairs] = {};  // unnormalised; pair k is of row k % 2
+  RowPair reference = {0.f, 0.f};  // what exponents are relative to: 0 while nothing has been seen
+  float2 values[kPairs] = {};      // unnormalised; pair k is of row k % 2
 
-  __device__ __forceinline__ void follow(int row, float other) {
-    max.v[row] = fmaxf(max.v[row], other);
-  }
-  // What exponents are relative to, once all maxima are known: 0 while nothing has been seen.
-  __device__ __forceinline__ float reference(int row) const {
-    return max.v[row] == kNegativeInfinity ? 0.f : max.v[row];
-  }
-  __device__ __forceinline__ void scale(int row, float factor) {
-    sum.v[row] *= factor;
+  // Brings all to new maxima.
+  __device__ __forceinline__ void follow(const RowPair& fresh) {
 #pragma unroll
-    for (int k = row; k < kPairs; k += 2) {
-      values[k].x *= factor;
-      values[k].y *= factor;
+    for (int row = 0; row < 2; ++row) {
+      reference.v[row] = fresh.v[row] == kNegativeInfinity ? 0.f : fresh.v[row];
+      const float own = factor(row, max.v[row]);
+      max.v[row] = fresh.v[row];
+      sum.v[row] *= own;
+#pragma unroll
+      for (int k = row; k < kPairs; k += 2) {
+        values[k].x *= own;
+        values[k].y *= own;
+      }
     }
+  }
+  // The factor of a summand whose values are relative to `other`.
+  __device__ __forceinline__ float factor(int row, float other) const {
+    return ptx::exp2_approx(other - reference.v[row]);
   }
   __device__ __forceinline__ void add(int pair, const float2& x, float factor) {
     values[pair].x += x.x * factor;
@@ -116,14 +124,11 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
   const int team = c.units > 4 ? 1 : c.units > 2 ? 2 : c.units > 1 ? 4 : 8;  // warps of a unit
   const int member = warp % team, step = 8 / team;
   const auto row_group_of = [&](int i) { return c.first_unit + i >> kRowGroupShift<Partial>; };
-  const auto chunk_of = [&](int i) {
-    return c.first_unit + i & (1 << kRowGroupShift<Partial>) - 1;
-  };
+  const auto chunk_of = [&](int i) { return c.first_unit + i & (1 << kRowGroupShift<Partial>)-1; };
 
 #pragma unroll 1
   for (int i = warp / team; i < c.units; i += step) {
     const int row_group = row_group_of(i), chunk = chunk_of(i), half = chunk / kChunks<Partial>;
-    const int64_t chunks = chunk * 128 + row_group * 32 + lane;
     Gathered* gathered = c.scratch.gathered + i * pieces;
     // The statistics of four pieces at a time: a copy costs the same for all lanes as for few.
 #pragma unroll 1
@@ -132,10 +137,15 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
       ptx::copy_async_16(&gathered[s].stats[2 * pair],
                          partial_stats(c.args, c.slot_of(s), half, 16 * row_group + 2 * pair));
     }
+    const auto chunk_at = [&](int s) {
+      return partial_chunks(c.args, c.slot_of(s)) + chunk * 128 + row_group * 32 + lane;
+    };
+    const uint4 *from = chunk_at(member), *second = chunk_at(team);
+    const int64_t stride = team * c.slot_stride * c.args.slot_chunks;
 #pragma unroll 4
     for (int s = member; s < pieces; s += team) {
-      ptx::copy_async_16(&gathered[s].chunks[lane],
-                         partial_chunks(c.args, c.slot_of(s)) + chunks);
+      ptx::copy_async_16(&gathered[s].chunks[lane], from);
+      from = s == 0 ? second : from + stride;
     }
   }
   ptx::copy_async_wait();
@@ -147,25 +157,35 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
     Sum<kPairs> total;
     if (i < c.units) {
       const Gathered* gathered = c.scratch.gathered + i * pieces;
-#pragma unroll 4
-      for (int s = member; s < pieces; s += team) {
+#pragma unroll 1
+      for (int first = member; first < pieces; first += kBatch * team) {
+        uint4 chunks[kBatch] = {};
+        float2 stats[kBatch][2];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) total.follow(e, gathered[s].stats[lane / 4 + 8 * e].x);
-      }
-      const float reference[2] = {total.reference(0), total.reference(1)};
-#pragma unroll 4
-      for (int s = member; s < pieces; s += team) {
-        float factor[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float2 stats = gathered[s].stats[lane / 4 + 8 * e];
-          factor[e] = ptx::exp2_approx(stats.x - reference[e]);
-          total.sum.v[e] += factor[e] * stats.y;
+        for (int j = 0; j < kBatch; ++j) {
+          const int s = first + j * team;
+          stats[j][0] = stats[j][1] = make_float2(kNegativeInfinity, 0.f);
+          if (s >= pieces) continue;
+          stats[j][0] = gathered[s].stats[lane / 4];
+          stats[j][1] = gathered[s].stats[lane / 4 + 8];
+          chunks[j] = gathered[s].chunks[lane];
         }
-        const uint4 v = gathered[s].chunks[lane];
-        const uint32_t packed[4] = {v.x, v.y, v.z, v.w};
+        RowPair max = total.max;
 #pragma unroll
-        for (int k = 0; k < kPairs; ++k) total.add(k, Format::unpack(packed, k), factor[k % 2]);
+        for (int j = 0; j < kBatch; ++j) {
+          max.v[0] = fmaxf(max.v[0], stats[j][0].x);
+          max.v[1] = fmaxf(max.v[1], stats[j][1].x);
+        }
+        total.follow(max);
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const float factor[2] = {total.factor(0, stats[j][0].x), total.factor(1, stats[j][1].x)};
+          total.sum.v[0] += factor[0] * stats[j][0].y;
+          total.sum.v[1] += factor[1] * stats[j][1].y;
+          const uint32_t packed[4] = {chunks[j].x, chunks[j].y, chunks[j].z, chunks[j].w};
+#pragma unroll
+          for (int k = 0; k < kPairs; ++k) total.add(k, Format::unpack(packed, k), factor[k % 2]);
+        }
       }
     }
     if (team > 1) {
@@ -182,20 +202,17 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
         stats[w] = make_float4(kNegativeInfinity, kNegativeInfinity, 0.f, 0.f);
         if (w < team) stats[w] = c.scratch.stats[warp + w][lane];
       }
-      const RowPair own = total.max;
+      RowPair max = total.max;
 #pragma unroll
       for (int w = 1; w < 8; ++w) {
-        total.follow(0, stats[w].x);
-        total.follow(1, stats[w].y);
+        max.v[0] = fmaxf(max.v[0], stats[w].x);
+        max.v[1] = fmaxf(max.v[1], stats[w].y);
       }
-      const float reference[2] = {total.reference(0), total.reference(1)};
-      total.scale(0, ptx::exp2_approx(own.v[0] - reference[0]));
-      total.scale(1, ptx::exp2_approx(own.v[1] - reference[1]));
+      total.follow(max);
 #pragma unroll
       for (int w = 1; w < 8; ++w) {
         if (w >= team) break;
-        const float factor[2] = {ptx::exp2_approx(stats[w].x - reference[0]),
-                                 ptx::exp2_approx(stats[w].y - reference[1])};
+        const float factor[2] = {total.factor(0, stats[w].x), total.factor(1, stats[w].y)};
         total.sum.v[0] += factor[0] * stats[w].z;
         total.sum.v[1] += factor[1] * stats[w].w;
 #pragma unroll

@@ -116,8 +116,8 @@ __device__ __forceinline__ void for_each_item(const DecodeArgs& args, const Part
   const int max_tokens = args.max_pages_per_seq * args.page_size;
   int parity = 0;
   for (int seq = part.begin_seq; seq <= part.end_seq; ++seq, parity ^= 1) {
-    const int tokens = seq == part.begin_seq ? part.begin_tokens
-                                             : sequence_tokens(args.seqlens, seq, max_tokens);
+    const int tokens =
+        seq == part.begin_seq ? part.begin_tokens : sequence_tokens(args.seqlens, seq, max_tokens);
     const int blocks = sequence_blocks(tokens);
     const int begin = seq == part.begin_seq ? part.begin_block : 0;
     const int end = seq == part.end_seq ? part.end_block : blocks;
