@@ -123,8 +123,10 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pieces = c.pieces;
   const int team = c.units > 4 ? 1 : c.units > 2 ? 2 : c.units > 1 ? 4 : 8;  // warps of a unit
   const int member = warp % team, step = 8 / team;
-  const auto row_group_of = [&](int i) { return c.first_unit + i >> kRowGroupShift<Partial>; };
-  const auto chunk_of = [&](int i) { return c.first_unit + i & (1 << kRowGroupShift<Partial>)-1; };
+  const auto row_group_of = [&](int i) { return (c.first_unit + i) >> kRowGroupShift<Partial>; };
+  const auto chunk_of = [&](int i) {
+    return (c.first_unit + i) & ((1 << kRowGroupShift<Partial>) - 1);
+  };
 
 #pragma unroll 1
   for (int i = warp / team; i < c.units; i += step) {

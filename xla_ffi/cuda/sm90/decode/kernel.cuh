@@ -390,7 +390,7 @@ struct Decode {
       }
       if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.query_empty);
 
-      float(&sums)[2][kTileRows] = shared.sum[item.parity];
+      float (&sums)[2][kTileRows] = shared.sum[item.parity];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         sum.v[e] = quad_sum(sum.v[e]);
