@@ -120,27 +120,32 @@ def test_some_sequences_hold_the_extremes():
     assert list(cases.some_sequences(np.array([5]))) == [0]
 
 
-class Clock:
-    """A clock that moves when it is told."""
+class Device:
+    """A clock of a host that waits, when asked for the time, for a device that works in order."""
 
-    now = 0.0
+    host = done = 0.0
 
     def __call__(self):
-        return self.now
+        self.host = max(self.host, self.done)
+        return self.host
 
-    def program(self, calls, *, launch=5.0, call=0.25):
-        def run():
-            self.now += launch + calls * call
-            return np.zeros(1)
+    def program(self, launch, work):
+        def run(lengths=None):
+            self.host += launch
+            self.done = max(self.host, self.done) + work
+            return lengths, []
 
         return run
 
 
-def test_slope_holds_no_cost_of_a_launch():
-    clock = Clock()
-    for launch in (0.0, 1e3):
-        programs = [clock.program(n, launch=launch) for n in (8, 16)]
-        assert timing.slope(*programs, 8, clock) == 0.25
+def test_a_call_holds_no_cost_of_a_launch():
+    data = cases.draw(TINY, 2, jnp.dtype("float32"))
+    for launch in (0.0, 0.5, 1.75):  # as long as the device is busy meanwhile
+        device = Device()
+        variant = timing.JaxVariant(None, data, 2, repeats=4, clock=device)
+        variant._once = device.program(launch, 2.0)
+        assert variant.measure() == 0.25
+        assert device.done == 2 * launch + 6.0
 
 
 @dataclasses.dataclass
@@ -179,25 +184,37 @@ def test_variants_take_turns_in_changing_order_and_medians_count():
 
 
 @pytest.mark.parametrize("chained", [True, False])
-def test_a_program_makes_all_its_calls_and_shares_none(chained):
-    """Counted in the compiled program, for the shorter and the longer."""
-    data = cases.draw(TINY, 4, jnp.dtype("float32"))
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_program_makes_all_its_calls_and_shares_none(repeats, chained):
+    """Counted in the compiled program: nothing is merged, left out or taken out of the loop."""
+    data = cases.draw(TINY, 2, jnp.dtype("float32"))
     seen = []
 
     def function(q, pool, table, lengths):
         jax.debug.callback(lambda q, x: seen.append((float(q), x.tolist())), q[0, 0, 0, 0], lengths)
         return q[..., :512], jnp.zeros((2, 4, 2))
 
-    variant = timing.JaxVariant(function, data, 2, chained=chained)
+    variant = timing.JaxVariant(function, data, 2, repeats=repeats, chained=chained)
+    assert variant.calls == 2 * repeats
     expected = np.asarray(data.queries[0])[..., :512]
     np.testing.assert_array_equal(variant.first_result(), expected)
     jax.effects_barrier()
     firsts = [float(q[0, 0, 0, 0]) for q in data.queries]
-    assert sorted(q for q, _ in seen) == sorted(firsts[:2] + firsts)
-    assert all(lengths == [100, 100] for _, lengths in seen)  # the chain changes no length
+    assert sorted(q for q, _ in seen) == sorted(firsts * repeats)
     variant.measure()
     jax.effects_barrier()
-    assert len(seen) == 12
+    assert len(seen) == 4 * variant.calls
+    assert all(lengths == [100, 100] for _, lengths in seen)  # the chain changes no length
+
+
+@pytest.mark.parametrize(("platform", "least", "speed"), [("gpu", 1e-5, 3e12), ("cpu", 1e-4, 3e9)])
+def test_repeats_make_a_program_long_enough(monkeypatch, platform, least, speed):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    for shape in cases.GPU_SHAPES:
+        calls = op.num_calls(shape, 2)
+        once = calls * (least + shape.cache_bytes(2) / speed)
+        repeats = op.num_repeats("ffi", shape, calls, 2)
+        assert repeats == 1 or 0.6 < repeats * once / timing.PROGRAM < 1.4
 
 
 def _run(shapes=(TINY,), **options):

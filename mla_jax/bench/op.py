@@ -17,15 +17,23 @@ from mla_jax.bench.cases import Data, Shape
 from mla_jax.bench.peers import PEERS, PeerVariant
 from mla_jax.bench.peers import unsupported_reason as peer_reason
 from mla_jax.bench.runs import check_dtype, one_line
-from mla_jax.bench.timing import Ceilings, JaxVariant, Variant, interleave, measure_ceilings
+from mla_jax.bench.timing import (
+    PROGRAM,
+    Ceilings,
+    JaxVariant,
+    Variant,
+    interleave,
+    measure_ceilings,
+)
 from mla_jax.decode import check_implementation, explain, flash_mla_with_kvcache
 
 # Error of a sequence, relative to its norm, above which a result counts as wrong. A right kernel is
 # off by half as much; float32 leaves room for the shorter format in which GPUs multiply.
 BOUNDS = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 2e-3}
-# XLA compiles a loop for each call of `xla`, which is slow enough to be timed by few. They rotate
-# among fewer pools, so a small cache may stay near: that favours `xla`.
-_MAX_CALLS = {"xla": 4}
+# XLA compiles loops for each call of `xla`, so it gets one, whose cache may stay near where it is
+# small: that favours `xla`.
+_MAX_CALLS = {"xla": 1}
+_SLOWER = {"xla": 40}  # times a fused kernel's time, as it comes out for most shapes
 
 Tick = Callable[[str], None]
 
@@ -193,7 +201,7 @@ def _measure(
 ) -> Row:
     calls = num_calls(shape, dtype.itemsize)
     tick(f"{shape}: data")
-    data = cases.draw(shape, 2 * calls, dtype)
+    data = cases.draw(shape, calls, dtype)
     checked = cases.some_sequences(shape.lengths())
     expected = cases.reference(*data.call(0), checked)
     tick(f"{shape}: compilation")
@@ -230,7 +238,7 @@ def _measure(
 
 
 def num_calls(shape: Shape, itemsize: int) -> int:
-    """Counts the calls of a program: each pool once, and enough that a launch does not show."""
+    """Counts the calls of a round: each pool once, and enough that its launch does not show."""
     pools = cases.num_pools(shape, itemsize)
     if jax.default_backend() == "cpu":
         return max(pools, 2)
@@ -257,7 +265,22 @@ def _reason(name: str, shape: Shape, data: Data) -> str | None:
 
 def variant(name: str, shape: Shape, data: Data, calls: int) -> Variant:
     """Returns what measures one name, ours or a peer's."""
-    if name in PEERS:
-        return PeerVariant(name, shape, data, calls)
     calls = min(calls, _MAX_CALLS.get(name, calls))
-    return JaxVariant(_op(name, shape), data, calls, chained=jax.default_backend() == "cpu")
+    repeats = num_repeats(name, shape, calls, data.queries[0].dtype.itemsize)
+    if name in PEERS:
+        return PeerVariant(name, shape, data, calls, repeats)
+    chained = jax.default_backend() == "cpu"
+    return JaxVariant(_op(name, shape), data, calls, repeats=repeats, chained=chained)
+
+
+def num_repeats(name: str, shape: Shape, calls: int, itemsize: int) -> int:
+    """Counts the rounds of a program that is long enough, by what a call takes at about the least.
+
+    That is 10 us, and 3 TB/s of the cache; on a CPU 100 us, and 3 GB/s.
+    """
+    size = shape.cache_bytes(itemsize)
+    if jax.default_backend() == "cpu":
+        seconds = 1e-4 + size / 3e9
+    else:
+        seconds = _SLOWER.get(name, 1) * (1e-5 + size / 3e12)
+    return max(1, round(PROGRAM / (calls * seconds)))

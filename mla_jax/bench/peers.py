@@ -3,7 +3,8 @@
 """The peers that may be installed, all for PyTorch: FlashMLA, FlashAttention-3, FlashInfer.
 
 They take the very arrays of our implementations, through DLPack, and are timed by replay of a CUDA
-graph between two events. What a peer plans before its calls is not timed. JAX itself has no op to
+graph between two events, in runs as long as ours: a card that is warm from work is slower. What a
+peer plans before its calls is not timed. JAX itself has no op to
 measure: its paged attention wants keys and values of one width, its attention has no pages.
 """
 
@@ -51,19 +52,23 @@ def peer_versions() -> dict[str, str]:
 
 
 class PeerVariant:
-    """A peer as a CUDA graph of `calls` calls, each with its own inputs.
+    """A peer as a CUDA graph of `calls` calls, each with its own inputs, replayed `repeats` times.
 
     Args:
         name: one of `PEERS`, for which `unsupported_reason` is None.
         shape: of each call.
         data: inputs of at least `calls` calls.
         calls: of the graph.
+        repeats: replays of a measurement.
+
+    Attributes:
+        calls: of a measurement, `calls * repeats`.
     """
 
-    def __init__(self, name: str, shape: Shape, data: Data, calls: int) -> None:
+    def __init__(self, name: str, shape: Shape, data: Data, calls: int, repeats: int = 1) -> None:
         import torch
 
-        self.calls = calls
+        self.calls, self._repeats = calls * repeats, repeats
         self._torch = torch
         arrays = (data.queries[:calls], data.pools, data.tables[:calls], data.lengths)
         tensors = Data(*jax.tree.map(torch.from_dlpack, jax.block_until_ready(arrays)))
@@ -88,13 +93,17 @@ class PeerVariant:
     def measure(self) -> float:
         """Returns the seconds of a call on the device."""
         # Keeps the device busy until the host has launched what is timed.
-        self._graph.replay()
+        self._replay()
         start, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        self._graph.replay()
+        self._replay()
         end.record()
         self._torch.cuda.synchronize()
         return start.elapsed_time(end) * 1e-3 / self.calls
+
+    def _replay(self) -> None:
+        for _ in range(self._repeats):
+            self._graph.replay()
 
 
 def _flashmla(shape: Shape, data: Any) -> Callable[[int], Any]:

@@ -255,7 +255,7 @@ def run(
     def measured(b: int, context: int, session: Session) -> Row:
         shape = cases.Shape(b, 1, context, config.num_attention_heads)
         calls = op.num_calls(shape, kind.itemsize)
-        data = cases.draw(shape, 2 * calls, kind)
+        data = cases.draw(shape, calls, kind)
         variants: dict[str, Timed] = {}
         stacks: dict[str, Steps] = {}
         reasons = {}

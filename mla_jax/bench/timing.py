@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How it is measured: device time of JAX programs, variants in turn, the ceilings of the device.
 
-JAX has no timer on the device. A program that makes n calls and one that makes 2n differ by n calls
-on the device and by nothing else: (T(2n) - T(n)) / n holds no dispatch, no launch of the program
-and no wait for its end.
+JAX has no timer on the device, and a wall clock is off by up to 0.1 ms. So a program makes the
+calls many times over, and what counts is the difference of two runs and one: it holds nothing of
+what the host does around a program, as the host does that while the device works.
 """
 
 import random
@@ -22,7 +22,8 @@ from mla_jax.bench.cases import Data
 Clock = Callable[[], float]
 Op = Callable[..., tuple[jax.Array, jax.Array]]
 _RUN = 0.3  # seconds of a run, where each call takes long
-_PAUSE = 0.002  # seconds between measurements: a card near its power limit slows who comes next
+PROGRAM = 0.01  # seconds of a program of short calls: a wall clock is off by a percent of it
+_PAUSE = 0.01  # seconds between measurements: a card near its power limit slows who comes next
 
 
 class Timed(Protocol):
@@ -50,12 +51,6 @@ class Times:
     high: float
 
 
-def slope(short: Callable[[], Any], long: Callable[[], Any], calls: int, clock: Clock) -> float:
-    """Returns the seconds of a call from a program of `calls` calls and one of twice as many."""
-    once = _seconds(short, clock)
-    return (_seconds(long, clock) - once) / calls
-
-
 def steps_that_fit(seconds: float, most: int) -> int:
     """Returns how many steps of so many seconds make a run that is long enough, at most `most`."""
     return max(1, min(most, int(_RUN / max(seconds, 1e-9))))
@@ -70,20 +65,27 @@ def _seconds(program: Callable[[], Any], clock: Clock) -> float:
 
 
 class JaxVariant:
-    """A JAX form of the op, as two programs of `calls` and `2 * calls` calls.
+    """A JAX form of the op, as a loop of `repeats` rounds that make `calls` calls each.
 
-    The calls are unrolled, and each has its own inputs, so that XLA can neither merge nor hoist.
-    Both programs take all inputs: passing them costs the host the same. All results are returned,
-    so that none is left out.
+    The calls of a round are unrolled, and each has its own inputs, so that XLA can neither merge
+    them nor take them out of the loop, whose rounds depend on each other. All results of the last
+    round are returned, so that none is left out. How often the loop runs is known to XLA: else the
+    device would ask the host after each round.
+
+    On a GPU calls that do not depend on each other keep their order and do not overlap, in command
+    buffers too, unless XLA is told to run those concurrently.
 
     Args:
         op: takes q, k_cache, block_table and cache_seqlens; gives out and lse.
-        data: inputs of `2 * calls` calls.
-        calls: of the shorter program.
+        data: inputs of `calls` calls.
+        calls: of a round.
+        repeats: rounds of the program.
         chained: makes each call wait for the one before. XLA runs independent operations of a CPU
-            program at once. On a GPU the wait would cost a kernel; without it calls in a command
-            buffer may overlap, which makes short ones look shorter than they are one by one.
+            program at once. On a GPU the wait would cost a kernel.
         clock: seconds.
+
+    Attributes:
+        calls: of the program, `calls * repeats`.
     """
 
     def __init__(
@@ -92,37 +94,42 @@ class JaxVariant:
         data: Data,
         calls: int,
         *,
+        repeats: int = 1,
         chained: bool = False,
         clock: Clock = time.perf_counter,
     ) -> None:
-        self.calls = calls
+        self.calls = calls * repeats
         self._clock = clock
 
-        def program(num_calls: int) -> Callable[[], Any]:
-            def run(data: tuple[Any, ...]) -> list[tuple[jax.Array, jax.Array]]:
-                view, results = Data(*data), []
-                lengths = view.lengths
-                for i in range(num_calls):
+        def run(fields: tuple[Any, ...], lengths: jax.Array) -> tuple[jax.Array, Any]:
+            view = Data(fields[0], fields[1], fields[2], lengths)
+
+            def once(_: Any, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+                lengths, results = carry[0], []
+                for i in range(calls):
                     out, lse = op(*view.call(i)[:3], lengths)
-                    if chained:
+                    if chained or i == calls - 1:
                         lengths = lengths + jnp.isnan(lse[:, 0, 0]).astype(jnp.int32)
                     results.append((out, lse))
-                return results
+                return lengths, results
 
-            jitted = jax.jit(run, keep_unused=True)
-            fields = (data.queries[: 2 * calls], data.pools, data.tables[: 2 * calls], data.lengths)
-            return lambda: jitted(fields)
+            shapes = jax.eval_shape(lambda: once(0, (lengths, None)))[1]
+            blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            return jax.lax.fori_loop(0, repeats, once, (lengths, blank))
 
-        self._short, self._long = program(calls), program(2 * calls)
+        jitted = jax.jit(run)
+        fields = (data.queries[:calls], data.pools, data.tables[:calls])
+        self._once = lambda lengths=data.lengths: jitted(fields, lengths)
+        self._twice = lambda: self._once(self._once()[0])
 
     def first_result(self) -> np.ndarray:
-        """Compiles both programs and returns `out` of the longer one's first call."""
-        jax.block_until_ready(self._short())
-        return np.asarray(self._long()[0][0])
+        """Compiles the program and returns `out` of the first call of a round."""
+        return np.asarray(self._once()[1][0][0])
 
     def measure(self) -> float:
         """Returns the seconds of a call on the device."""
-        return slope(self._short, self._long, self.calls, self._clock)
+        once = _seconds(self._once, self._clock)
+        return (_seconds(self._twice, self._clock) - once) / self.calls
 
 
 def interleave(
