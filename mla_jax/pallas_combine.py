@@ -80,7 +80,10 @@ def combine(
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     inputs = (partial_out, partial_lse, schedule.cuts, schedule.num_splits)
-    return pl.run_state(lambda refs: kernel(*inputs, *refs))((out, lse))
+    results = pl.run_state(lambda refs: kernel(*inputs, *refs))((out, lse))
+    # Where results are put into a larger array, as by a scan, XLA makes a call write there at once,
+    # and forgets that it works in place (seen with jax 0.11.2): what is not split would be lost.
+    return lax.optimization_barrier(results)
 
 
 def _combine_body(

@@ -114,8 +114,10 @@ def test_lowers_for_cuda(template):
 
     exported = jax.export.export(jax.jit(call), platforms=["cuda"])(*shapes)
     assert [x.shape for x in exported.out_avals] == [(b, s_q, h_q, d_v), (b, h_q, s_q)]
-    calls = exported.mlir_module().count("@mosaic_gpu")
-    assert calls == (2 if h_q == 16384 else 3)  # schedule, decode and combine
+    module, combines = exported.mlir_module(), h_q < 16384
+    assert module.count("@mosaic_gpu") == 2 + combines  # schedule and decode
+    # Else a scan over calls loses what is not split: see pallas_combine.py.
+    assert module.count("stablehlo.optimization_barrier") == combines
 
 
 # --- Schedules ------------------------------------------------------------------------------------
