@@ -18,6 +18,9 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from mla_jax.append import Pool, append, scatter
+from mla_jax.decode import Implementation, check_implementation
+
 _INT32_MAX = 2**31 - 1
 
 
@@ -185,33 +188,99 @@ class PagedKVCache:
         """
         layer = _int_array("layer", layer, (), self.num_layers)
         latents = jnp.asarray(latents)
+        self._check_latents(latents, self.dtype)
+        place = (layer, 0, 0)
+        tokens = (self.block_table, self.seqlens, self.num_new)
+        pages = scatter(self.pages, latents, *tokens, place, pool=self._pool)
+        return dataclasses.replace(self, pages=pages)
+
+    def append_projected(
+        self,
+        layer: ArrayLike,
+        latents: ArrayLike,
+        scale: ArrayLike,
+        cos: ArrayLike,
+        sin: ArrayLike,
+        *,
+        epsilon: float = 1e-6,
+        interleaved: bool = True,
+        implementation: Implementation = None,
+    ) -> "PagedKVCache":
+        """Finishes latents as a projection gives them, and writes them as `append` does.
+
+        The first c channels get an RMS norm with weight `scale`, the other r are rotated, both in
+        float32 (DeepSeek-V2, arXiv:2405.04434, section 2.1). Where implementation "ffi" has a
+        kernel for it, that does all, in place and with one rounding: on CPUs for latents of the
+        cache's dtype, on Hopper GPUs if moreover that is bfloat16 or float16, c 512 and r 64.
+
+        Args:
+            layer: as for `append`.
+            latents: `[max_seqs, t, d_k]` floating, `d_k = c + r`.
+            scale: `[c]` floating.
+            cos: `[max_seqs, t, r / 2]` float32, of `positions(t)`: `mla_jax.rope.rope_tables`.
+            sin: like cos.
+            epsilon: of the norm, a Python number.
+            interleaved: whether rotated pairs are neighbours, or halves of the r channels.
+            implementation: as for `flash_mla_with_kvcache`; of several names, "ffi" or plain XLA.
+
+        Raises:
+            ValueError: a shape or dtype is another, or as `append`.
+        """
+        layer = _int_array("layer", layer, (), self.num_layers)
+        latents, scale, cos, sin = map(jnp.asarray, (latents, scale, cos, sin))
+        self._check_latents(latents, jnp.floating)
+        c = scale.size
+        if scale.ndim != 1 or c < 1 or c > self.d_k or (self.d_k - c) % 2:
+            raise ValueError(
+                f"scale: got shape {scale.shape}, expected (c,) with d_k - c = {self.d_k} - c even"
+            )
+        angles = (*latents.shape[:2], (self.d_k - c) // 2)
+        for name, x, shape, dtype in (
+            ("scale", scale, scale.shape, jnp.floating),
+            ("cos", cos, angles, jnp.float32),
+            ("sin", sin, angles, jnp.float32),
+        ):
+            if x.shape != shape or not jnp.issubdtype(x.dtype, dtype):
+                raise ValueError(
+                    f"{name}: got {x.dtype} of shape {x.shape}, "
+                    f"expected {dtype.__name__} of shape {shape}"
+                )
+        pages = append(
+            self.pages,
+            latents,
+            scale,
+            cos,
+            sin,
+            self.block_table,
+            self.seqlens,
+            self.num_new,
+            layer,
+            pool=self._pool,
+            epsilon=epsilon,
+            interleaved=interleaved,
+            fused="ffi" in check_implementation(implementation),
+        )
+        return dataclasses.replace(self, pages=pages)
+
+    @property
+    def _pool(self) -> Pool:
+        return Pool(self.num_layers, self.num_pages, self.page_size)
+
+    def _check_latents(self, latents: jax.Array, dtype: Any) -> None:
         if latents.ndim != 3 or latents.shape[::2] != (self.max_seqs, self.d_k):
             raise ValueError(
                 f"latents: got shape {latents.shape}, expected "
                 f"(max_seqs, t, d_k) = ({self.max_seqs}, t, {self.d_k})"
             )
-        if latents.dtype != self.dtype:
-            raise ValueError(f"latents: got dtype {latents.dtype}, expected {self.dtype}")
+        if not jnp.issubdtype(latents.dtype, dtype):
+            expected = getattr(dtype, "name", "a floating type")
+            raise ValueError(f"latents: got dtype {latents.dtype}, expected {expected}")
         t = latents.shape[1]
         if _is_concrete(self.num_new) and np.any(np.asarray(self.num_new) > t):
             raise ValueError(
                 f"latents: got t = {t} columns, expected at least "
                 f"{np.max(np.asarray(self.num_new))}, the tokens granted to one slot"
             )
-        position = self.positions(t)
-        is_new = jnp.arange(t) >= t - self.num_new[:, None]
-        is_new &= (position >= 0) & (layer >= 0) & (layer < self.num_layers)
-        page = jnp.take_along_axis(
-            self.block_table, position // self.page_size, axis=1, mode="clip"
-        )
-        # A scatter drops what lies outside the pool. Each dropped column has an index of its own,
-        # so that all indices are unique, and the writes need be neither ordered nor atomic.
-        outside = self.pages.shape[0] + jnp.arange(position.size).reshape(position.shape)
-        row = jnp.where(is_new & (page >= 0), layer * self.num_pages + page, outside)
-        pages = self.pages.at[row, position % self.page_size, 0].set(
-            latents, mode="drop", unique_indices=True
-        )
-        return dataclasses.replace(self, pages=pages)
 
     def positions(self, t: int) -> jax.Array:
         """Positions of a step's `t` columns: `[max_seqs, t]` int32, negative only in padding."""

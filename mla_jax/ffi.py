@@ -21,7 +21,7 @@ import numpy as np
 
 from mla_jax.hopper import local_gpus, unsuitable
 
-_TARGET = "mla_jax_decode"
+_DECODE, _APPEND = "mla_jax_decode", "mla_jax_append"
 PLATFORMS = ("cpu", "cuda")
 _COMPILER = {"cpu": "C++", "cuda": "CUDA"}
 
@@ -50,12 +50,12 @@ def _runtime_version() -> tuple[int, int]:
 
 
 def _load(platform: str) -> ctypes.CDLL:
-    """Loads a platform's library and registers its target, or raises `LibraryError`."""
+    """Loads a platform's library and registers its targets, or raises `LibraryError`."""
     path = find_library(platform)
     try:
         library = ctypes.CDLL(str(path))
         built = (library.mla_jax_ffi_major(), library.mla_jax_ffi_minor())
-        handler = getattr(library, f"mla_jax_decode_{platform}")
+        handlers = {name: getattr(library, f"{name}_{platform}") for name in (_DECODE, _APPEND)}
     except (OSError, AttributeError) as error:
         raise LibraryError(f"{path} does not load: {error}") from error
     runtime = _runtime_version()
@@ -67,7 +67,8 @@ def _load(platform: str) -> ctypes.CDLL:
         )
     # JAX keeps it until there is such a platform in the process.
     name = {"cpu": "cpu", "cuda": "CUDA"}[platform]
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler), platform=name)
+    for target, handler in handlers.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform=name)
     return library
 
 
@@ -217,7 +218,7 @@ def _result_shapes(q: jax.Array, head_dim_v: int) -> tuple[jax.ShapeDtypeStruct,
 def _call_cpu(
     q: jax.Array, *arrays: jax.Array, head_dim_v: int, softmax_scale: float, causal: bool
 ) -> Any:
-    call = jax.ffi.ffi_call(_TARGET, _result_shapes(q, head_dim_v))
+    call = jax.ffi.ffi_call(_DECODE, _result_shapes(q, head_dim_v))
     return tuple(call(q, *arrays, softmax_scale=np.float32(softmax_scale), causal=causal))
 
 
@@ -239,7 +240,70 @@ def _call_cuda(
         q = q.reshape(b, s_q, h_kv, h_q // h_kv, d_k).swapaxes(2, 3).reshape(q.shape)
     # Partial results of split sequences: memory of the call, which no one else reads.
     workspace = jax.ShapeDtypeStruct((_workspace_bytes(*sizes),), jnp.uint8)
-    call = jax.ffi.ffi_call(_TARGET, (*_result_shapes(q, head_dim_v), workspace))
+    call = jax.ffi.ffi_call(_DECODE, (*_result_shapes(q, head_dim_v), workspace))
     options = {"causal": causal, "batch_invariant": batch_invariant}
     scale = np.float32(softmax_scale)
     return tuple(call(q, k_cache, block_table, cache_seqlens, softmax_scale=scale, **options)[:2])
+
+
+def append_reason(platform: str, pages: Any, latents: Any, scale: Any) -> str | None:
+    """Says why the append of these inputs cannot run on a platform, or None.
+
+    Args:
+        platform: "cpu" or "cuda".
+        pages: as for `mla_jax.append.append`, here and below.
+        latents: as there.
+        scale: as there.
+    """
+    if latents.dtype != pages.dtype:
+        return f"latents: got dtype {latents.dtype}, the kernels take that of pages {pages.dtype}"
+    if scale.dtype not in (pages.dtype, jnp.float32):
+        return f"scale: got dtype {scale.dtype}, the kernels take that of pages and float32"
+    if platform == "cuda":
+        if pages.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"pages: got dtype {pages.dtype}, the CUDA kernel takes bfloat16 and float16"
+        if (scale.size, pages.shape[3]) != (512, 576):
+            return (
+                f"pages: got {scale.size} channels and {pages.shape[3] - scale.size} to rotate, "
+                "the CUDA kernel takes 512 and 64"
+            )
+        reason = _device_reason()
+        if reason is not None:
+            return reason
+    elif pages.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"pages: got dtype {pages.dtype}, it takes bfloat16, float16 and float32"
+    return _library_reason(platform)
+
+
+def append(
+    latents: jax.Array,
+    pages: jax.Array,
+    scale: jax.Array,
+    *arrays: jax.Array,
+    pool: Any,
+    epsilon: float,
+    interleaved: bool,
+) -> jax.Array:
+    """Finishes latents and writes them to their pages, of whose memory the result is.
+
+    Args:
+        latents: as for `mla_jax.append.append`, here and below.
+        pages: as there.
+        scale: as there.
+        *arrays: cos, sin, block_table, seqlens, num_new as there, and place as for `scatter`.
+        pool: as for `append`.
+        epsilon: as there.
+        interleaved: as there.
+    """
+    result = jax.ShapeDtypeStruct(pages.shape, pages.dtype)
+    return jax.ffi.ffi_call(_APPEND, result, input_output_aliases={0: 0})(
+        pages,
+        latents,
+        scale,
+        *arrays,
+        num_layers=np.int32(pool.num_layers),
+        num_pages=np.int32(pool.num_pages),
+        page_size=np.int32(pool.page_size),
+        epsilon=np.float32(epsilon),
+        interleaved=interleaved,
+    )

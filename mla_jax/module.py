@@ -206,7 +206,7 @@ class MultiHeadLatentAttention(nnx.Module):
         Returns:
             `[max_seqs, t, hidden_size]`, meaningless in padding columns, and the cache.
         """
-        q_nope, q_pe, cache = self._append(x, cache, layer)
+        q_nope, q_pe, cache = self._append(x, cache, layer, implementation)
         w_uk, w_uv = (x.astype(q_nope.dtype) for x in absorbed or self.absorb())
         q_latent = jnp.einsum("bthn,chn->bthc", q_nope, w_uk)
         metadata, num_splits = schedule or (None, None)
@@ -252,7 +252,7 @@ class MultiHeadLatentAttention(nnx.Module):
         Returns:
             `[max_seqs, t, hidden_size]`, meaningless in padding columns, and the cache.
         """
-        q_nope, q_pe, cache = self._append(x, cache, layer)
+        q_nope, q_pe, cache = self._append(x, cache, layer, "xla")
         q = jnp.concatenate([q_nope, q_pe], axis=-1).astype(cache.dtype).swapaxes(1, 2)
         table = cache.layer_table(layer)
         visible = visible_tokens(cache.seqlens, x.shape[1], True, capacity(cache.pages, table))
@@ -280,7 +280,8 @@ class MultiHeadLatentAttention(nnx.Module):
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.reshape(*x.shape[:2], self.num_heads, -1)
         q_nope, q_pe = jnp.split(q, [self.qk_nope_head_dim], axis=-1)
-        cos, sin = rope_tables(self.rope, positions[..., None], self.qk_rope_head_dim)
+        cos, sin = rope_tables(self.rope, positions, self.qk_rope_head_dim)
+        cos, sin = cos[..., None, :], sin[..., None, :]  # the same for all heads
         return q_nope, apply_rope(q_pe, cos, sin, interleaved=self.rope.interleaved)
 
     def _latents(self, x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -301,7 +302,11 @@ class MultiHeadLatentAttention(nnx.Module):
         return jnp.concatenate([k_nope, k_pe], axis=-1), v
 
     def _append(
-        self, x: jax.Array, cache: PagedKVCache, layer: int | jax.Array
+        self,
+        x: jax.Array,
+        cache: PagedKVCache,
+        layer: int | jax.Array,
+        implementation: Implementation,
     ) -> tuple[jax.Array, jax.Array, PagedKVCache]:
         """Projects the new tokens, stores their latents and returns their queries."""
         self._check_input(x)
@@ -315,8 +320,16 @@ class MultiHeadLatentAttention(nnx.Module):
                 f"x: got {x.shape[0]} sequences, expected the cache's max_seqs {cache.max_seqs}"
             )
         positions = cache.positions(x.shape[1])
-        latents = self._latents(x, positions).astype(cache.dtype)
-        return *self._queries(x, positions), cache.append(layer, latents)
+        cache = cache.append_projected(
+            layer,
+            self.kv_a_proj_with_mqa(x),
+            self.kv_a_layernorm.scale[...],
+            *rope_tables(self.rope, positions, self.qk_rope_head_dim),
+            epsilon=_LATENT_NORM_EPS,
+            interleaved=self.rope.interleaved,
+            implementation=implementation,
+        )
+        return *self._queries(x, positions), cache
 
     def _project(self, out: jax.Array) -> jax.Array:
         return self.o_proj(out.reshape(*out.shape[:2], self.num_heads * self.v_head_dim))

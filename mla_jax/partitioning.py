@@ -256,6 +256,36 @@ def partitioned_gradient(backward: Backward, *, causal: bool) -> Backward:
     )
 
 
+def partitioned_append(append: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array]]:
+    """Gives each device the new tokens that lie in its part of the pool, however that is cut.
+
+    Args:
+        append: the append on one device: the arrays below, the last of them `[3]` int32 `place`.
+
+    Returns:
+        A function of latents, pages, scale, cos, sin, block_table, seqlens, num_new and the layer,
+        `[1]` int32, that gives pages alone.
+    """
+
+    def on_device(layout: Layout) -> Callable[..., tuple[jax.Array]]:
+        def run(latents: jax.Array, pages: jax.Array, *arrays: jax.Array) -> tuple[jax.Array]:
+            *rest, layer = arrays
+            part = (_size_and_index(axes)[1] for axes in (layout.pages, layout.slots))
+            first = (n * i for n, i in zip(pages.shape[:2], part, strict=True))
+            place = jnp.stack([layer[0], *first]).astype(jnp.int32)
+            return (append(latents, pages, *rest, place),)
+
+        return run
+
+    whole = PartitionSpec()
+    return _cut_by_operands(
+        on_device,
+        lambda layout: (whole, layout.operands()[1], *7 * (whole,)),
+        lambda layout: (layout.operands()[1],),
+        rule="b t e, n p k d, c, b t r, b t r, b w, b, b, l -> n p k d",
+    )
+
+
 def _cut_by_operands(
     on_device: Callable[[Layout], Callable[..., Any]],
     operands: Callable[[Layout], tuple[PartitionSpec, ...]],
@@ -271,7 +301,7 @@ def _cut_by_operands(
 
     Args:
         on_device: what each device runs, by layout.
-        operands: how operands lie, by layout; the first two are q and k_cache.
+        operands: how operands lie, by layout; the second is the pool.
         results: how results lie, by layout.
         rule: the same for XLA's partitioner, as letters.
     """

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo import IN_PLACE, pool_sized
 from jax import lax
 
 from mla_jax.cache import PagedKVCache, PagePoolFullError
@@ -474,22 +475,6 @@ def test_the_compiled_program_updates_the_pool_in_place(program, t, dtype):
     assert result.unsafe_buffer_pointer() == pointer
 
 
-# Operations that hand a buffer on or write into it; `copy`, `convert`, `select`... make another.
-IN_PLACE = {
-    "parameter", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional",
-    "fusion", "scatter", "dynamic-update-slice",
-}  # fmt: skip
-
-
-def pool_sized(text, size):
-    """Names of the HLO operations with a result of at least `size` elements."""
-    found = set()
-    for shape, name in re.findall(r" = \(?\w+\[([\d,]+)\].*? ([a-z][\w-]*)\(", text):
-        if math.prod(map(int, shape.split(","))) >= size:
-            found.add(name)
-    return found
-
-
 def test_the_search_for_copies_finds_one():
     x = jnp.zeros((192, 16, 1, D_K))
     compiled = jax.jit(lambda x: (x, x.at[0].set(1))).lower(x).compile()
@@ -536,6 +521,12 @@ def create(**sizes):
     return lambda _: PagedKVCache.create(**(SIZES | sizes))
 
 
+def projected(cache, c, dtype="float32", angles=None):
+    tables = jnp.ones((4, 2, max(0, D_K - c) // 2 if angles is None else angles))
+    cache = dataclasses.replace(cache, num_new=0 * cache.num_new)
+    return cache.append_projected(0, LATENTS, jnp.ones(c, dtype), tables, tables)
+
+
 REFUSALS = {
     "num_layers: got 0, expected an int of at least 1": create(num_layers=0),
     "num_pages: got -1, expected an int of at least 1": create(num_pages=-1),
@@ -566,6 +557,15 @@ REFUSALS = {
         0, jnp.asarray(LATENTS, jnp.bfloat16)
     ),
     "latents: got t = 2 columns, expected at least 3, the tokens": lambda c: c.append(0, LATENTS),
+    "scale: got shape (2,), expected (c,) with d_k - c = 3 - c even": lambda c: projected(c, 2),
+    "scale: got shape (5,), expected (c,) with d_k - c": lambda c: projected(c, 5),
+    "scale: got int32 of shape (1,), expected floating": lambda c: projected(c, 1, "int32"),
+    "cos: got float32 of shape (4, 2, 0), expected float32 of shape (4, 2, 1)": lambda c: projected(
+        c, 1, angles=0
+    ),
+    "latents: got dtype int32, expected a floating type": lambda c: c.append_projected(
+        0, jnp.zeros((4, 3, 3), jnp.int32), *3 * [jnp.ones(3)]
+    ),
     "layer: got [2], expected 0 <= layer < 2": lambda c: c.append(2, LATENTS),
     "layer: got [-1], expected 0 <= layer < 2": lambda c: c.layer_table(-1),
     "layer: got dtype float64, expected integers": lambda c: c.layer_table(0.5),

@@ -348,6 +348,7 @@ def test_only_our_symbols_are_visible():
         pytest.skip("nm is not installed")
     symbols = {line.split()[-1] for line in names.stdout.splitlines()}
     assert symbols == {
+        "mla_jax_append_cpu",
         "mla_jax_decode_cpu",
         "mla_jax_cpu_isa",
         "mla_jax_ffi_major",

@@ -253,6 +253,8 @@ def test_only_our_symbols_are_visible():
         pytest.skip("nm is not installed")
     symbols = {line.split()[-1] for line in names.stdout.splitlines()}
     assert symbols == {
+        "mla_jax_append_cuda",
+        "mla_jax_check_append_cuda",
         "mla_jax_check_cuda",
         "mla_jax_cuda_workspace_bytes",
         "mla_jax_decode_cuda",

@@ -1,7 +1,7 @@
 // Copyright 2026 The mla-jax Authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// The decode op as the launchers see it: plain structs, no XLA, no framework.
+// The ops as the launchers see them: plain structs, no XLA, no framework.
 
 #ifndef MLA_JAX_MLA_H_
 #define MLA_JAX_MLA_H_
@@ -54,6 +54,39 @@ size_t mla_sm90_decode_workspace_bytes(const MlaDecodeParams* params, int num_sm
 // Enqueues the decode on `stream` of the current device. Allocates nothing, never synchronises.
 // Returns a cudaError_t: cudaSuccess (0), or why nothing was launched.
 int mla_sm90_decode(const MlaDecodeParams* params, void* stream);
+
+// One call that finishes the latents of new tokens and writes them into the pages in place:
+// channels [0, c) become x / sqrt(mean(x^2) + epsilon) * scale, channels [c, c + r) are rotated.
+//
+// Column j of sequence i is token seqlens[i] - t + j, and new if it is among the last num_new[i];
+// all others are dropped, as is a layer or a page id that the pool does not have. `pages` is all of
+// the pool or one device's part of it. The CUDA kernel takes c = 512, r = 64 and 16-bit latents.
+typedef struct MlaAppendParams {
+  void* pages;                 // [num_rows, num_slots, c + r]
+  const void* latents;         // [b, t, c + r]
+  const void* scale;           // [c] of scale_dtype
+  const float* cos;            // [b, t, r / 2]
+  const float* sin;            // like cos
+  const int32_t* block_table;  // [b, max_pages_per_seq], page ids of one layer
+  const int32_t* seqlens;      // [b], the new tokens included
+  const int32_t* num_new;      // [b]
+  const int32_t* place;        // [3]: layer; the pool's row and slot where `pages` begins
+
+  int32_t b, t, c, r;
+  int32_t num_rows, num_slots;               // of `pages`
+  int32_t num_layers, num_pages, page_size;  // of the pool: it has num_layers * num_pages rows
+  int32_t max_pages_per_seq;
+  float epsilon;
+  int32_t interleaved;   // rotated pairs are neighbours; otherwise halves of the channels
+  MlaDtype dtype;        // of latents and pages
+  MlaDtype scale_dtype;  // that or MLA_F32
+} MlaAppendParams;
+
+// Enqueues the append, as mla_sm90_decode does; returns what that returns.
+int mla_sm90_append(const MlaAppendParams* params, void* stream);
+
+// Appends on the calling thread.
+void mla_cpu_append(const MlaAppendParams* params);
 
 // Threads that the CPU's decode may use besides the caller's.
 typedef struct MlaThreads {

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cpu/attend.h"
+#include "cpu/convert.h"
 #include "mla.h"
 
 namespace mla {
@@ -123,34 +124,6 @@ class Work {
   std::condition_variable all_done_;
   int64_t done_ = 0;  // guarded by mutex_
 };
-
-// Rounds to nearest, ties to even; NaN stays NaN.
-uint16_t ToBf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-uint16_t ToF16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000;
-  const uint32_t magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
-  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to infinity
-  if (magnitude >= 0x38800000) {
-    const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
-    return static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13));
-  }
-  // Below 2^-14 a step is 2^-24, as in the float32 numbers of [0.5, 1): adding rounds.
-  float small;
-  std::memcpy(&small, &magnitude, 4);
-  small += 0.5f;
-  uint32_t shifted;
-  std::memcpy(&shifted, &small, 4);
-  return static_cast<uint16_t>(sign | (shifted - 0x3f000000));
-}
 
 // Where the parts of a tile's rows leave acc, top and total until they are combined.
 struct Partial {

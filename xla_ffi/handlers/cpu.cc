@@ -31,8 +31,23 @@ ffi::Error DecodeCpu(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_ca
   return ffi::Error::Success();
 }
 
+ffi::Error AppendCpu(ffi::AnyBuffer pages, ffi::AnyBuffer latents, ffi::AnyBuffer scale,
+                     ffi::AnyBuffer cos, ffi::AnyBuffer sin, ffi::AnyBuffer block_table,
+                     ffi::AnyBuffer seqlens, ffi::AnyBuffer num_new, ffi::AnyBuffer place,
+                     ffi::Result<ffi::AnyBuffer> result, int32_t num_layers, int32_t num_pages,
+                     int32_t page_size, float epsilon, bool interleaved) {
+  MlaAppendParams params = {};
+  ffi::Error error =
+      CheckAppend(pages, latents, scale, cos, sin, block_table, seqlens, num_new, place, *result,
+                  num_layers, num_pages, page_size, epsilon, interleaved, params);
+  if (error.failure()) return error;
+  mla_cpu_append(&params);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_jax_append_cpu, AppendCpu, AppendOperands(ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_jax_decode_cpu, DecodeCpu,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -62,8 +62,27 @@ ffi::Error CheckCuda(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer bl
 }
 
 ffi::Error Failed(const std::string& what, cudaError_t error) {
-  return ffi::Error::Internal("mla_jax_decode: " + what + ": " + cudaGetErrorName(error) + ", " +
+  return ffi::Error::Internal(what + ": " + cudaGetErrorName(error) + ", " +
                               cudaGetErrorString(error));
+}
+
+// Whether the current device, which XLA has made that of the stream, runs the kernels.
+ffi::Error CheckDevice(const std::string& target) {
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  }
+  if (error != cudaSuccess) return Failed(target + ": the device", error);
+  if (major != 9 || minor != 0) {
+    return Invalid("device " + std::to_string(device),
+                   "compute capability " + std::to_string(major) + "." + std::to_string(minor),
+                   "9.0 (Hopper)", target);
+  }
+  return ffi::Error::Success();
 }
 
 ffi::Error DecodeCuda(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_cache,
@@ -75,27 +94,60 @@ ffi::Error DecodeCuda(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_ca
   ffi::Error refused = CheckCuda(q, k_cache, block_table, cache_seqlens, *out, *lse, *workspace,
                                  softmax_scale, causal, batch_invariant, params);
   if (refused.failure()) return refused;
-  // XLA has made the stream's device the current one.
-  int device = 0, major = 0, minor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  refused = CheckDevice("mla_jax_decode");
+  if (refused.failure()) return refused;
+  const auto error = static_cast<cudaError_t>(mla_sm90_decode(&params, stream));
+  if (error != cudaSuccess) return Failed("mla_jax_decode: launching the kernel", error);
+  return ffi::Error::Success();
+}
+
+ffi::Error CheckAppendCuda(ffi::AnyBuffer pages, ffi::AnyBuffer latents, ffi::AnyBuffer scale,
+                           ffi::AnyBuffer cos, ffi::AnyBuffer sin, ffi::AnyBuffer block_table,
+                           ffi::AnyBuffer seqlens, ffi::AnyBuffer num_new, ffi::AnyBuffer place,
+                           ffi::AnyBuffer result, int32_t num_layers, int32_t num_pages,
+                           int32_t page_size, float epsilon, bool interleaved, MlaAppendParams& p) {
+  ffi::Error error =
+      CheckAppend(pages, latents, scale, cos, sin, block_table, seqlens, num_new, place, result,
+                  num_layers, num_pages, page_size, epsilon, interleaved, p);
+  if (error.failure()) return error;
+  if (p.dtype == MLA_F32) {
+    return Invalid("pages", Describe(pages), "bfloat16 or float16 on a GPU", "mla_jax_append");
   }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (p.c != 512 || p.r != 64) {
+    return Invalid("scale", Describe(scale), "512 channels, and 64 to rotate, on a GPU",
+                   "mla_jax_append");
   }
-  if (error != cudaSuccess) return Failed("the device", error);
-  if (major != 9 || minor != 0) {
-    return Invalid("device " + std::to_string(device),
-                   "compute capability " + std::to_string(major) + "." + std::to_string(minor),
-                   "9.0 (Hopper)");
-  }
-  error = static_cast<cudaError_t>(mla_sm90_decode(&params, stream));
-  if (error != cudaSuccess) return Failed("launching the kernel", error);
+  return ffi::Error::Success();
+}
+
+ffi::Error AppendCuda(cudaStream_t stream, ffi::AnyBuffer pages, ffi::AnyBuffer latents,
+                      ffi::AnyBuffer scale, ffi::AnyBuffer cos, ffi::AnyBuffer sin,
+                      ffi::AnyBuffer block_table, ffi::AnyBuffer seqlens, ffi::AnyBuffer num_new,
+                      ffi::AnyBuffer place, ffi::Result<ffi::AnyBuffer> result, int32_t num_layers,
+                      int32_t num_pages, int32_t page_size, float epsilon, bool interleaved) {
+  MlaAppendParams params = {};
+  ffi::Error refused =
+      CheckAppendCuda(pages, latents, scale, cos, sin, block_table, seqlens, num_new, place,
+                      *result, num_layers, num_pages, page_size, epsilon, interleaved, params);
+  if (refused.failure()) return refused;
+  refused = CheckDevice("mla_jax_append");
+  if (refused.failure()) return refused;
+  const auto error = static_cast<cudaError_t>(mla_sm90_append(&params, stream));
+  if (error != cudaSuccess) return Failed("mla_jax_append: launching the kernel", error);
   return ffi::Error::Success();
 }
 
 // The checks alone, for tests where there is no GPU.
+ffi::Error CheckAppendOnly(ffi::AnyBuffer pages, ffi::AnyBuffer latents, ffi::AnyBuffer scale,
+                           ffi::AnyBuffer cos, ffi::AnyBuffer sin, ffi::AnyBuffer block_table,
+                           ffi::AnyBuffer seqlens, ffi::AnyBuffer num_new, ffi::AnyBuffer place,
+                           ffi::Result<ffi::AnyBuffer> result, int32_t num_layers,
+                           int32_t num_pages, int32_t page_size, float epsilon, bool interleaved) {
+  MlaAppendParams params = {};
+  return CheckAppendCuda(pages, latents, scale, cos, sin, block_table, seqlens, num_new, place,
+                         *result, num_layers, num_pages, page_size, epsilon, interleaved, params);
+}
+
 ffi::Error CheckOnly(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer block_table,
                      ffi::AnyBuffer cache_seqlens, ffi::Result<ffi::AnyBuffer> out,
                      ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> workspace,
@@ -126,6 +178,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_jax_decode_cuda, DecodeCuda,
                               Operands(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
                               {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_jax_check_cuda, CheckOnly, Operands(ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    mla_jax_append_cuda, AppendCuda,
+    AppendOperands(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
+    {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_jax_check_append_cuda, CheckAppendOnly,
+                              AppendOperands(ffi::Ffi::Bind()));
 
 }  // namespace mla
 
