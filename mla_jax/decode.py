@@ -104,9 +104,41 @@ def flash_mla_with_kvcache(
         NotImplementedError: the implementation asked for by name cannot run these inputs here.
         ExceptionGroup: none of several can; one NotImplementedError each.
     """
-    q, k_cache, block_table, cache_seqlens = map(
-        jnp.asarray, (q, k_cache, block_table, cache_seqlens)
+    return flash_mla_of_parts(
+        (q,),
+        k_cache,
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        tile_scheduler_metadata,
+        num_splits,
+        softmax_scale,
+        causal,
+        batch_invariant=batch_invariant,
+        implementation=implementation,
     )
+
+
+def flash_mla_of_parts(
+    parts: Sequence[jax.Array],
+    k_cache: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    head_dim_v: int,
+    tile_scheduler_metadata: jax.Array | None = None,
+    num_splits: jax.Array | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    *,
+    batch_invariant: bool = False,
+    implementation: Implementation = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Is `flash_mla_with_kvcache` for q whole, or as its first `head_dim_v` channels and the rest.
+
+    Where an implementation takes the parts as they are, XLA need not put them together.
+    """
+    q = jnp.concatenate(parts, axis=-1) if len(parts) > 1 else jnp.asarray(parts[0])
+    k_cache, block_table, cache_seqlens = map(jnp.asarray, (k_cache, block_table, cache_seqlens))
     schedule = (tile_scheduler_metadata, num_splits)
     options = _check(q, k_cache, block_table, cache_seqlens, head_dim_v, schedule, softmax_scale)
     options |= {"causal": bool(causal), "batch_invariant": bool(batch_invariant)}
@@ -118,28 +150,40 @@ def flash_mla_with_kvcache(
             raise errors[0]
         raise ExceptionGroup("no implementation can run these inputs here", errors)
     chosen = tuple((p, _choose(implementation, p, **inputs).implementation) for p in _PLATFORMS)
-    names = check_implementation(implementation)
-    return _attend(q, k_cache, block_table, cache_seqlens, names=names, chosen=chosen, **options)
+    options |= {"names": check_implementation(implementation), "in_parts": len(parts) > 1}
+    return _attend(q, k_cache, block_table, cache_seqlens, chosen=chosen, **options)
 
 
 # Jitted, so that a call outside `jit` traces what it is wrapped in once and not each time. `chosen`
 # is a key of that: what is installed and where may change what runs.
 @partial(
     jax.jit,
-    static_argnames=("names", "chosen", "head_dim_v", "softmax_scale", "causal", "batch_invariant"),
+    static_argnames=(
+        "names",
+        "chosen",
+        "head_dim_v",
+        "softmax_scale",
+        "causal",
+        "batch_invariant",
+        "in_parts",
+    ),
 )
-def _attend(
-    *arrays: jax.Array, names: tuple[str, ...], chosen: Any, **options: Any
-) -> tuple[jax.Array, jax.Array]:
+def _attend(*arrays: jax.Array, chosen: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
     """Runs an implementation as JAX's transformations see it."""
     causal = options.pop("causal")
-    attend = fold_vmap(partitioned(partial(_run, names=names, **options), causal=causal))
+    attend = fold_vmap(partitioned(partial(_run, **options), causal=causal))
     scale = options["softmax_scale"]
     return differentiable(attend, softmax_scale=scale, causal=causal)(*vary_alike(*arrays))
 
 
-def _run(*arrays: jax.Array, names: tuple[str, ...], **options: Any) -> Any:
+def _run(*arrays: jax.Array, names: tuple[str, ...], in_parts: bool, **options: Any) -> Any:
     """Runs, for these shapes (on a mesh, one device's), what suits the platform lowered for."""
+
+    def decode(name: str, **more: Any) -> Any:
+        if name == "ffi":
+            more["in_parts"] = in_parts
+        return varying(partial(_IMPLEMENTATIONS[name].decode, **more, **options))
+
     inputs = dict(zip(("q", "k_cache", "block_table"), arrays, strict=False)) | options
     found = {p: _choose(names, p, **inputs) for p in _PLATFORMS}
     running = {p: x.implementation for p, x in found.items() if x.implementation is not None}
@@ -147,12 +191,8 @@ def _run(*arrays: jax.Array, names: tuple[str, ...], **options: Any) -> Any:
         reasons = found.get(_default_platform(), found["default"]).reasons
         raise NotImplementedError(f"for a device's part of the operands: {reasons}")
     if len(set(running.values())) == 1:
-        decode = _IMPLEMENTATIONS[next(iter(running.values()))].decode
-        return varying(partial(decode, **options))(*arrays)
-    branches = {
-        platform: varying(partial(_IMPLEMENTATIONS[name].decode, platform=platform, **options))
-        for platform, name in running.items()
-    }
+        return decode(next(iter(running.values())))(*arrays)
+    branches = {platform: decode(name, platform=platform) for platform, name in running.items()}
     return jax.lax.platform_dependent(*arrays, **branches)
 
 

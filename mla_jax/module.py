@@ -12,7 +12,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from mla_jax.cache import PagedKVCache
-from mla_jax.decode import Implementation, flash_mla_with_kvcache
+from mla_jax.decode import Implementation, flash_mla_of_parts
 from mla_jax.linear import dot_general
 from mla_jax.partitioning import TENSOR, cut
 from mla_jax.rope import RopeConfig, apply_rope, rope_tables, softmax_scale
@@ -208,10 +208,12 @@ class MultiHeadLatentAttention(nnx.Module):
         """
         q_nope, q_pe, cache = self._append(x, cache, layer, implementation)
         w_uk, w_uv = (x.astype(q_nope.dtype) for x in absorbed or self.absorb())
-        q_latent = jnp.einsum("bthn,chn->bthc", q_nope, w_uk)
+        # The product by heads that lies as the op's kernel takes it: heads, sequences, channels.
+        q_latent = jax.lax.dot_general(q_nope, w_uk, (((3,), (2,)), ((2,), (1,))))
+        q_latent = jnp.moveaxis(q_latent, 0, 2)
         metadata, num_splits = schedule or (None, None)
-        out, _ = flash_mla_with_kvcache(
-            jnp.concatenate([q_latent, q_pe], axis=-1).astype(cache.dtype),
+        out, _ = flash_mla_of_parts(
+            [part.astype(cache.dtype) for part in (q_latent, q_pe)],
             cache.pages,
             cache.layer_table(layer),
             cache.seqlens,

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from reference import Problem, assert_close, attend, problem
 
-_POINTERS = "q k_cache block_table cache_seqlens out lse workspace counters".split()
+_POINTERS = "q q_pe k_cache block_table cache_seqlens out lse workspace counters".split()
 _SIZES = "b s_q h_q h_kv d_k d_v num_pages page_size max_pages_per_seq".split()
 
 
@@ -90,7 +90,9 @@ def run(
     arrays = [device.put(x) for x in (q, p.k_cache, p.block_table, p.cache_seqlens)]
     sizes = (b, s_q, h_q, h_kv, d_k, 512, num_pages, page_size, p.block_table.shape[1])
     dtype = 1 if p.q.dtype == np.float16 else 0
-    params = Params(*arrays, *[None] * 4, *sizes, d_k**-0.5, causal, dtype, invariant)
+    params = Params(
+        arrays[0], None, *arrays[1:], *[None] * 4, *sizes, d_k**-0.5, causal, dtype, invariant
+    )
     workspace = library.mla_sm90_decode_workspace_bytes(ctypes.byref(params), 132)
     results = [device.allocate(n) for n in (out.nbytes, lse.nbytes, workspace, 4 * 264)]
     params.out, params.lse, params.workspace, params.counters = results

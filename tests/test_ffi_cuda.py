@@ -22,6 +22,7 @@ from reference import Problem, assert_close, assert_same_bits, attend, problem
 
 import mla_jax
 from mla_jax import ffi
+from mla_jax.decode import flash_mla_of_parts
 
 REASON = ffi._library_reason("cuda")
 ON_GPU = jax.default_backend() == "gpu"
@@ -87,6 +88,20 @@ def test_the_call_that_is_lowered(name):
 def test_heads_of_one_kv_head_are_brought_together():
     text = lower(run, *inputs(h_q=6, h_kv=3))
     assert "tensor<2x1x3x2x576xbf16>) -> tensor<2x1x2x3x576xbf16>" in text
+
+
+@pytest.mark.parametrize("b", [64, 63])  # rows enough to be worth it, and one sequence less
+def test_queries_in_parts_are_not_put_together(b):
+    """Where the parts come from elsewhere; XLA drops a concatenation that only slices read."""
+    shapes = (shaped(b, 1, 128, 512), shaped(b, 1, 128, 64), *inputs()[1:2], ints(b, 3), ints(b))
+
+    def step(q_latent, q_pe, *rest):
+        return flash_mla_of_parts((q_latent, q_pe), *rest, 512, implementation="ffi")
+
+    (call,) = [line for line in lower(step, *shapes).splitlines() if "custom_call" in line]
+    operands = re.search(r" : \((.*)\) -> ", call)[1].split(", ")
+    assert len(operands) == (5 if b == 64 else 4)
+    assert operands[0] == ("tensor<128x64x512xbf16>" if b == 64 else "tensor<63x1x128x576xbf16>")
 
 
 def test_one_program_for_both_platforms():
@@ -221,6 +236,13 @@ REFUSALS = [
      r"workspace: got \d+ bytes, expected at least \d+"),
     ({"lse": floats(2, 4, 2)}, r"lse: got float32\[2, 4, 2\], expected float32\[b, h_q, s_q\]"),
     ({"softmax_scale": np.float32(-1)}, "softmax_scale: got -1.0+, expected a positive finite"),
+    ({"q_pe": shaped(2, 4, 64)}, r"q: got bfloat16\[2, 1, 4, 576\], expected \[h_q, b, 512\] besi"),
+    ({"q": shaped(4, 2, 512), "q_pe": shaped(4, 2, 64)},
+     r"q_pe: got bfloat16\[4, 2, 64\], expected \[b, h_q, 64\] of q's dtype"),
+    ({"q": shaped(4, 2, 512), "q_pe": floats(2, 4, 64)}, r"q_pe: got float32\[2, 4, 64\], expect"),
+    ({"q": shaped(4, 2, 512), "q_pe": shaped(2, 4, 64), "k_cache": shaped(5, 64, 2, 576)},
+     r"k_cache: got bfloat16\[5, 64, 2, 576\], expected 4 axes, one head beside q_pe"),
+    ({"q": shaped(4, 3, 512), "q_pe": shaped(3, 4, 64)}, r"block_table: got int32\[2, 3\], expec"),
 ]  # fmt: skip
 
 
@@ -242,6 +264,7 @@ def test_handler_refuses(checks, change, message):
         )
 
     call(**right)
+    call(**(right | {"q": shaped(4, 2, 512), "q_pe": shaped(2, 4, 64)}))
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"mla_jax_decode: {message}"):
         call(**(right | change))
 
@@ -414,6 +437,24 @@ def test_independent_calls_of_one_program():
     for _ in range(20):
         for got, expected in zip(many(queries), once, strict=True):
             assert_same_bits(got, expected)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_queries_in_parts_give_the_same_bits(dtype):
+    """As two arrays of their own, as products, and where XLA must cut them out of one."""
+    p = problem([300, 0, 64, 1000] * 16, h_q=128, dtype=dtype)
+    q, *rest = p.arrays()
+    latent, rotated = q[..., :512], q[..., 512:]
+    run_parts = functools.partial(flash_mla_of_parts, head_dim_v=512, implementation="ffi")
+    whole = run(q, *rest)
+    assert_close([x[:4] for x in whole], attend(p.rows(slice(0, 4))))
+    apart = jax.jit(lambda *parts: run_parts(parts, *rest))
+    assert "concatenate" not in apart.lower(latent, rotated).compile().as_text()
+    assert_same_bits(apart(latent, rotated), whole)
+    one = jnp.broadcast_to(jnp.eye(512, dtype=dtype), (128, 512, 512))
+    made = jax.jit(lambda x, y: run_parts((jnp.einsum("bthn,hnc->bthc", x, one), y), *rest))
+    assert_same_bits(made(latent, rotated), whole)
 
 
 @gpu

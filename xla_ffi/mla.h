@@ -22,6 +22,10 @@ typedef enum MlaDtype { MLA_BF16 = 0, MLA_F16 = 1, MLA_F32 = 2 } MlaDtype;
 // positive sizes, all three dtypes, and needs neither workspace nor counters.
 typedef struct MlaDecodeParams {
   const void* q;  // CPU: [b, s_q, h_q, d_k]. CUDA: [b, s_q * G, h_kv, d_k], the same if h_kv == 1
+  // CUDA: null, or the channels [d_v, d_k) of q, [b, h_q, d_k - d_v], with s_q and h_kv 1; then q
+  // has the others alone, heads first, as a product with each head's matrix gives them: [h_q, b,
+  // d_v].
+  const void* q_pe;
   const void* k_cache;           // [num_pages, page_size, h_kv, d_k]
   const int32_t* block_table;    // [b, max_pages_per_seq]; ids outside the pool read as zeros
   const int32_t* cache_seqlens;  // [b], clamped to [0, max_pages_per_seq * page_size]

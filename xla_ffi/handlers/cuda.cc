@@ -6,8 +6,10 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -28,9 +30,34 @@ size_t WorkspaceBytes(const MlaDecodeParams& p) {
 
 // What the kernel takes of what the op allows. No call to CUDA: tests reach this without a GPU.
 ffi::Error CheckCuda(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer block_table,
-                     ffi::AnyBuffer cache_seqlens, ffi::AnyBuffer out, ffi::AnyBuffer lse,
-                     ffi::AnyBuffer workspace, float softmax_scale, bool causal,
-                     bool batch_invariant, MlaDecodeParams& p) {
+                     ffi::AnyBuffer cache_seqlens, std::optional<ffi::AnyBuffer> q_pe,
+                     ffi::AnyBuffer out, ffi::AnyBuffer lse, ffi::AnyBuffer workspace,
+                     float softmax_scale, bool causal, bool batch_invariant, MlaDecodeParams& p) {
+  int64_t dims[4];
+  XLA_FFI_Buffer whole = {};
+  if (q_pe.has_value()) {  // q in two parts, checked as the whole that they are
+    if (q.dimensions().size() != 3 || q.dimensions()[2] != 512) {
+      return Invalid("q", Describe(q), "[h_q, b, 512] beside q_pe");
+    }
+    const int64_t h_q = q.dimensions()[0], b = q.dimensions()[1];
+    const auto rotated = q_pe->dimensions();
+    if (q_pe->element_type() != q.element_type() || rotated.size() != 3 || rotated[0] != b ||
+        rotated[1] != h_q || rotated[2] != 64) {
+      return Invalid("q_pe", Describe(*q_pe), "[b, h_q, 64] of q's dtype, as q has them");
+    }
+    if (k_cache.dimensions().size() != 4 || k_cache.dimensions()[2] != 1) {
+      return Invalid("k_cache", Describe(k_cache), "4 axes, one head beside q_pe");
+    }
+    p.q_pe = q_pe->untyped_data();
+    const int64_t shape[4] = {b, 1, h_q, 576};
+    std::copy_n(shape, 4, dims);
+    whole.struct_size = XLA_FFI_Buffer_STRUCT_SIZE;
+    whole.dtype = static_cast<XLA_FFI_DataType>(q.element_type());
+    whole.data = q.untyped_data();
+    whole.rank = 4;
+    whole.dims = dims;
+    q = ffi::AnyBuffer(&whole);
+  }
   ffi::Error error =
       Check(q, k_cache, block_table, cache_seqlens, out, lse, softmax_scale, causal, p);
   if (error.failure()) return error;
@@ -87,12 +114,12 @@ ffi::Error CheckDevice(const std::string& target) {
 
 ffi::Error DecodeCuda(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_cache,
                       ffi::AnyBuffer block_table, ffi::AnyBuffer cache_seqlens,
-                      ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
-                      ffi::Result<ffi::AnyBuffer> workspace, float softmax_scale, bool causal,
-                      bool batch_invariant) {
+                      std::optional<ffi::AnyBuffer> q_pe, ffi::Result<ffi::AnyBuffer> out,
+                      ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> workspace,
+                      float softmax_scale, bool causal, bool batch_invariant) {
   MlaDecodeParams params = {};
-  ffi::Error refused = CheckCuda(q, k_cache, block_table, cache_seqlens, *out, *lse, *workspace,
-                                 softmax_scale, causal, batch_invariant, params);
+  ffi::Error refused = CheckCuda(q, k_cache, block_table, cache_seqlens, q_pe, *out, *lse,
+                                 *workspace, softmax_scale, causal, batch_invariant, params);
   if (refused.failure()) return refused;
   refused = CheckDevice("mla_jax_decode");
   if (refused.failure()) return refused;
@@ -149,24 +176,26 @@ ffi::Error CheckAppendOnly(ffi::AnyBuffer pages, ffi::AnyBuffer latents, ffi::An
 }
 
 ffi::Error CheckOnly(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer block_table,
-                     ffi::AnyBuffer cache_seqlens, ffi::Result<ffi::AnyBuffer> out,
-                     ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> workspace,
-                     float softmax_scale, bool causal, bool batch_invariant) {
+                     ffi::AnyBuffer cache_seqlens, std::optional<ffi::AnyBuffer> q_pe,
+                     ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
+                     ffi::Result<ffi::AnyBuffer> workspace, float softmax_scale, bool causal,
+                     bool batch_invariant) {
   MlaDecodeParams params = {};
-  return CheckCuda(q, k_cache, block_table, cache_seqlens, *out, *lse, *workspace, softmax_scale,
-                   causal, batch_invariant, params);
+  return CheckCuda(q, k_cache, block_table, cache_seqlens, q_pe, *out, *lse, *workspace,
+                   softmax_scale, causal, batch_invariant, params);
 }
 
 template <typename Binding>
 auto Operands(Binding binding) {
   return std::move(binding)
-      .template Arg<ffi::AnyBuffer>()  // q, its heads in the order of mla.h
-      .template Arg<ffi::AnyBuffer>()  // k_cache
-      .template Arg<ffi::AnyBuffer>()  // block_table
-      .template Arg<ffi::AnyBuffer>()  // cache_seqlens
-      .template Ret<ffi::AnyBuffer>()  // out
-      .template Ret<ffi::AnyBuffer>()  // lse
-      .template Ret<ffi::AnyBuffer>()  // workspace: mla_jax_cuda_workspace_bytes() bytes
+      .template Arg<ffi::AnyBuffer>()          // q, its heads in the order of mla.h
+      .template Arg<ffi::AnyBuffer>()          // k_cache
+      .template Arg<ffi::AnyBuffer>()          // block_table
+      .template Arg<ffi::AnyBuffer>()          // cache_seqlens
+      .template OptionalArg<ffi::AnyBuffer>()  // q_pe, where q is in two parts
+      .template Ret<ffi::AnyBuffer>()          // out
+      .template Ret<ffi::AnyBuffer>()          // lse
+      .template Ret<ffi::AnyBuffer>()          // workspace: mla_jax_cuda_workspace_bytes() bytes
       .template Attr<float>("softmax_scale")
       .template Attr<bool>("causal")
       .template Attr<bool>("batch_invariant");

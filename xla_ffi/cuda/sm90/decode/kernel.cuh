@@ -37,15 +37,18 @@ struct Decode {
   // Copies the queries of the part's items; run by one thread.
   __device__ static void produce_queries(const DecodeArgs& args, const QueryMaps& maps,
                                          Shared& shared, const Place& place) {
-    const CUtensorMap* map = &maps.maps[shared.part.height];
+    constexpr int kValuePieces = kValueColumns / 64;
+    const int height = shared.part.height;
     const int box_bytes = query_box_rows(args.rows, shared.part.height) * 128;
     for_each_item(args, shared.part, [&](const Item& item) {
       ptx::mbarrier_wait(&shared.query_empty, item.parity ^ 1);
       ptx::mbarrier_arrive_expect_tx(&shared.query_full, kPieces * box_bytes);
 #pragma unroll 1
       for (int piece = 0; piece < kPieces; ++piece) {
-        ptx::tma_load(shared.query[piece], map, &shared.query_full, 0, place.first_row, piece,
-                      place.kv_head, item.seq);
+        const bool last = piece == kValuePieces;
+        ptx::tma_load(shared.query[piece], last ? &maps.last[height] : &maps.values[height],
+                      &shared.query_full, 0, place.first_row, last ? 0 : piece, place.kv_head,
+                      item.seq);
       }
     });
   }
@@ -390,7 +393,7 @@ struct Decode {
       }
       if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.query_empty);
 
-      float (&sums)[2][kTileRows] = shared.sum[item.parity];
+      float(&sums)[2][kTileRows] = shared.sum[item.parity];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         sum.v[e] = quad_sum(sum.v[e]);
@@ -465,7 +468,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (warp == 8) {
     if (threadIdx.x % 32 == 0) {
-      ptx::prefetch_tensor_map(&query_maps.maps[0]);
+      ptx::prefetch_tensor_map(&query_maps.values[0]);
       ptx::prefetch_tensor_map(&cache_maps.two);
       ptx::prefetch_tensor_map(&cache_maps.one);
     }

@@ -31,18 +31,25 @@ cudaError_t encode_tiled(EncodeTiled* encode) {
   return cudaSuccess;
 }
 
-// Describes [n3, n1, n2, n0] of 16-bit elements; a box is `box1` rows of dimension 1 by `pieces` of
-// 64 elements of dimension 0, each piece a swizzled block of its own in shared memory.
-cudaError_t make_map(EncodeTiled encode, CUtensorMap* map, const void* base, MlaDtype dtype,
-                     uint64_t n0, uint64_t n1, uint64_t n2, uint64_t n3, int box1, int pieces) {
-  const cuuint64_t sizes[5] = {64, n1, n0 / 64, n2, n3};
-  const cuuint64_t strides[4] = {n2 * n0 * 2, 128, n0 * 2, n1 * n2 * n0 * 2};
+// An array [n3, n1, n2, n0] of 16-bit elements, row-major but for the steps given, in bytes.
+struct Tensor {
+  const void* base;
+  uint64_t n0, n1, n2, n3;
+  uint64_t step1 = n2 * n0 * 2, step2 = n0 * 2, step3 = n1 * step1;
+};
+
+// Describes it; a box is `box1` rows of dimension 1 by `pieces` of 64 elements of dimension 0, each
+// piece a swizzled block of its own in shared memory.
+cudaError_t make_map(EncodeTiled encode, CUtensorMap* map, const Tensor& x, MlaDtype dtype,
+                     int box1, int pieces) {
+  const cuuint64_t sizes[5] = {64, x.n1, x.n0 / 64, x.n2, x.n3};
+  const cuuint64_t strides[4] = {x.step1, 128, x.step2, x.step3};
   const cuuint32_t box[5] = {64, static_cast<cuuint32_t>(box1), static_cast<cuuint32_t>(pieces), 1,
                              1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   const CUresult result = encode(
       map, dtype == MLA_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      5, const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      5, const_cast<void*>(x.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
@@ -56,15 +63,28 @@ cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
   EncodeTiled encode;
   cudaError_t error = encode_tiled(&encode);
   if (error != cudaSuccess) return error;
+  const uint64_t d_k = p.d_k, d_v = p.d_v, h_kv = p.h_kv, b = p.b, rows = args.rows;
+  Tensor values = {p.q, d_k, rows, h_kv, b};
+  Tensor last = values;
+  last.base = static_cast<const char*>(p.q) + d_v * 2;
+  last.n0 = d_k - d_v;
+  if (p.q_pe != nullptr) {
+    values = {p.q, d_v, rows, 1, b, /*step1=*/b * d_v * 2, /*step2=*/d_v * 2, /*step3=*/d_v * 2};
+    last = {p.q_pe, d_k - d_v, rows, 1, b};
+  }
   for (int i = 0; i < kTileHeights; ++i) {
-    error = make_map(encode, &query_maps.maps[i], p.q, p.dtype, p.d_k, args.rows, p.h_kv, p.b,
-                     query_box_rows(args.rows, i), 1);
+    const int box_rows = query_box_rows(args.rows, i);
+    error = make_map(encode, &query_maps.values[i], values, p.dtype, box_rows, 1);
+    if (error == cudaSuccess && last.n0 > 0) {
+      error = make_map(encode, &query_maps.last[i], last, p.dtype, box_rows, 1);
+    }
     if (error != cudaSuccess) return error;
   }
+  const Tensor cache = {p.k_cache, d_k, static_cast<uint64_t>(p.page_size), h_kv,
+                        static_cast<uint64_t>(p.num_pages)};
   for (int pieces : {1, 2}) {
-    error =
-        make_map(encode, pieces == 1 ? &cache_maps.one : &cache_maps.two, p.k_cache, p.dtype, p.d_k,
-                 p.page_size, p.h_kv, p.num_pages, std::min(p.page_size, kBlockTokens), pieces);
+    error = make_map(encode, pieces == 1 ? &cache_maps.one : &cache_maps.two, cache, p.dtype,
+                     std::min(p.page_size, kBlockTokens), pieces);
     if (error != cudaSuccess) return error;
   }
 
@@ -142,7 +162,9 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
       (p.page_size != 16 && p.page_size != 32 && p.page_size != 64 && p.page_size != 128)) {
     return cudaErrorInvalidValue;
   }
-  if (p.num_pages < 1) return cudaErrorInvalidValue;
+  if (p.num_pages < 1 || (p.q_pe != nullptr && (p.s_q != 1 || p.h_kv != 1 || p.d_k == p.d_v))) {
+    return cudaErrorInvalidValue;
+  }
   if (max_tokens(p) > MLA_SM90_MAX_SEQUENCE_TOKENS ||
       max_tokens(p) * p.b > MLA_SM90_MAX_BATCH_TOKENS) {
     return cudaErrorInvalidValue;

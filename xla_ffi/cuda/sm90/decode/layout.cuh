@@ -87,9 +87,10 @@ struct Shared {
 };
 inline constexpr int kWeightsPiece = 8;
 
-// One map for each height of tiles.
+// One map for each height of tiles: of the pieces that are values too, and of the last one.
 struct QueryMaps {
-  CUtensorMap maps[kTileHeights];
+  CUtensorMap values[kTileHeights];
+  CUtensorMap last[kTileHeights];
 };
 // Of the cache: boxes of one piece and of two.
 struct CacheMaps {
