@@ -167,14 +167,25 @@ MUTANTS = {
         "test_cache.py",
     ),
     "latents written one page on": Mutant(
-        "cache.py",
-        "layer * self.num_pages + page, outside",
-        "layer * self.num_pages + page + 1, outside",
+        "append.py", "num_pages + page - first_row", "num_pages + page + 1 - first_row",
         "test_cache.py",
     ),
     "latents written one token on": Mutant(
-        "cache.py", "self.pages.at[row, position %", "self.pages.at[row, (position + 1) %",
-        "test_cache.py",
+        "append.py", "slot = position % pool", "slot = (position + 1) % pool", "test_cache.py"
+    ),
+    "a page id past the pool names a page of the next layer": Mutant(
+        "append.py", " & (page < pool.num_pages)", "", "test_append.py -k wild"
+    ),
+    "latents kept without the norm's weight": Mutant(
+        "append.py", "x * (factor * scale)", "x * factor", "test_append.py -k definition"
+    ),
+    "a device writes all slots as if they were its own": Mutant(
+        "partitioning.py", "jnp.stack([layer[0], *first])",
+        "jnp.stack([layer[0], *(0 * i for i in first)])",
+        "test_append.py -k cut",
+    ),
+    "kernel called without its place for the result": Mutant(
+        "ffi.py", ", input_output_aliases={0: 0}", "", "test_append.py -k in_place"
     ),
     "finished prompts keep their pages": Mutant(
         "generate.py", "cache=cache.release(finished)", "cache=cache", "test_generate.py"
