@@ -130,7 +130,7 @@ class Device:
         return self.host
 
     def program(self, launch, work):
-        def run(lengths=None):
+        def run(fields, lengths):
             self.host += launch
             self.done = max(self.host, self.done) + work
             return lengths, []
@@ -142,8 +142,8 @@ def test_a_call_holds_no_cost_of_a_launch():
     data = cases.draw(TINY, 2, jnp.dtype("float32"))
     for launch in (0.0, 0.5, 1.75):  # as long as the device is busy meanwhile
         device = Device()
-        variant = timing.JaxVariant(None, data, 2, repeats=4, clock=device)
-        variant._once = device.program(launch, 2.0)
+        program = device.program(launch, 2.0)
+        variant = timing.JaxVariant(program, data, 8, clock=device)
         assert variant.measure() == 0.25
         assert device.done == 2 * launch + 6.0
 
@@ -194,8 +194,8 @@ def test_a_program_makes_all_its_calls_and_shares_none(repeats, chained):
         jax.debug.callback(lambda q, x: seen.append((float(q), x.tolist())), q[0, 0, 0, 0], lengths)
         return q[..., :512], jnp.zeros((2, 4, 2))
 
-    variant = timing.JaxVariant(function, data, 2, repeats=repeats, chained=chained)
-    assert variant.calls == 2 * repeats
+    program = timing.looped(function, 2, repeats, chained)
+    variant = timing.JaxVariant(program, data, 2 * repeats)
     expected = np.asarray(data.queries[0])[..., :512]
     np.testing.assert_array_equal(variant.first_result(), expected)
     jax.effects_barrier()

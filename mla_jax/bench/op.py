@@ -4,7 +4,9 @@
 
 import functools
 import gc
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from mla_jax.bench.timing import (
     JaxVariant,
     Variant,
     interleave,
+    looped,
     measure_ceilings,
 )
 from mla_jax.decode import check_implementation, explain, flash_mla_with_kvcache
@@ -36,6 +39,7 @@ _MAX_CALLS = {"xla": 1}
 _SLOWER = {"xla": 40}  # times a fused kernel's time, as it comes out for most shapes
 
 Tick = Callable[[str], None]
+Programs = dict[tuple[Shape, str], Any]
 
 
 @dataclass(frozen=True)
@@ -184,8 +188,9 @@ def run(
     pair = None if compare is None else (compare[0], compare[1])
     found = ceilings or measure_ceilings(kind, jax.default_backend())
     report = Report(dtype, rounds, found, names, pair, [])
+    programs = compile_all(shapes, kind, report.ours, tick)
     for shape in shapes:
-        report.rows.append(_measure(shape, kind, names, rounds, found, tick))
+        report.rows.append(_measure(shape, kind, names, programs, rounds, found, tick))
         done(report)
         gc.collect()  # caches of the last shape, before those of the next
     return report
@@ -195,23 +200,22 @@ def _measure(
     shape: Shape,
     dtype: jnp.dtype,
     names: Sequence[str],
+    programs: Programs,
     rounds: int,
     ceilings: Ceilings,
     tick: Tick,
 ) -> Row:
-    calls = num_calls(shape, dtype.itemsize)
     tick(f"{shape}: data")
-    data = cases.draw(shape, calls, dtype)
+    data = cases.draw(shape, num_calls(shape, dtype.itemsize), dtype)
     checked = cases.some_sequences(shape.lengths())
     expected = cases.reference(*data.call(0), checked)
-    tick(f"{shape}: compilation")
     variants: dict[str, Variant] = {}
     errors, reasons = {}, {}
     for name in names:
         reason = _reason(name, shape, data)
         if reason is None:
             try:
-                variants[name] = variant(name, shape, data, calls)
+                variants[name] = variant(name, shape, data, programs.get((shape, name)))
                 got = variants[name].first_result()
                 errors[name] = cases.relative_error(got[checked], expected)
                 continue
@@ -263,14 +267,78 @@ def _reason(name: str, shape: Shape, data: Data) -> str | None:
     return explain(*data.call(0), **options).reasons.get(name)
 
 
-def variant(name: str, shape: Shape, data: Data, calls: int) -> Variant:
-    """Returns what measures one name, ours or a peer's."""
-    calls = min(calls, _MAX_CALLS.get(name, calls))
-    repeats = num_repeats(name, shape, calls, data.queries[0].dtype.itemsize)
+def compile_all(
+    shapes: Sequence[Shape], dtype: jnp.dtype, names: Sequence[str], tick: Tick = lambda _: None
+) -> Programs:
+    """Compiles the programs of all shapes at once; one that fails gives its exception.
+
+    Args:
+        shapes: of the calls.
+        dtype: of queries and cache.
+        names: of ours; those that cannot run a shape get no program for it.
+        tick: told of each shape that is done.
+
+    Returns:
+        The programs by shape and name.
+    """
+
+    def compiled(shape: Shape) -> Programs:
+        def draw() -> tuple[Any, ...]:
+            data = cases.draw(shape, num_calls(shape, dtype.itemsize), dtype)
+            return data.queries, data.pools, data.tables, data.lengths
+
+        data = Data(*jax.eval_shape(draw))
+        programs: Programs = {}
+        for name in names:
+            if _reason(name, shape, data) is None:
+                try:
+                    used = _used(name, data)
+                    fields = (used.queries, used.pools, used.tables)
+                    lowered = _program(name, shape, used).lower(fields, used.lengths)
+                    programs[shape, name] = lowered.compile()
+                except Exception as error:  # one that fails must not take the others with it
+                    programs[shape, name] = error
+        return programs
+
+    found: Programs = {}
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        tasks = {workers.submit(compiled, shape): shape for shape in shapes}
+        for task in as_completed(tasks):
+            found |= task.result()
+            tick(f"{tasks[task]}: compiled")
+    return found
+
+
+def variant(name: str, shape: Shape, data: Data, program: Any = None) -> Variant:
+    """Returns what measures one name, ours or a peer's.
+
+    Args:
+        name: of it.
+        shape: of the calls.
+        data: inputs of a round's calls.
+        program: ours, compiled, or why it could not be; by default it is compiled when needed.
+    """
+    if isinstance(program, Exception):
+        raise program
+    data = _used(name, data)
+    repeats = _repeats(name, shape, data)
     if name in PEERS:
-        return PeerVariant(name, shape, data, calls, repeats)
+        return PeerVariant(name, shape, data, len(data.queries), repeats)
+    return JaxVariant(program or _program(name, shape, data), data, len(data.queries) * repeats)
+
+
+def _used(name: str, data: Data) -> Data:
+    calls = _MAX_CALLS.get(name, len(data.queries))
+    return Data(data.queries[:calls], data.pools, data.tables[:calls], data.lengths)
+
+
+def _program(name: str, shape: Shape, data: Data) -> jax.stages.Wrapped:
     chained = jax.default_backend() == "cpu"
-    return JaxVariant(_op(name, shape), data, calls, repeats=repeats, chained=chained)
+    return looped(_op(name, shape), len(data.queries), _repeats(name, shape, data), chained)
+
+
+def _repeats(name: str, shape: Shape, data: Data) -> int:
+    return num_repeats(name, shape, len(data.queries), data.queries[0].dtype.itemsize)
 
 
 def num_repeats(name: str, shape: Shape, calls: int, itemsize: int) -> int:

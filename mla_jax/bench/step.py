@@ -254,8 +254,7 @@ def run(
 
     def measured(b: int, context: int, session: Session) -> Row:
         shape = cases.Shape(b, 1, context, config.num_attention_heads)
-        calls = op.num_calls(shape, kind.itemsize)
-        data = cases.draw(shape, calls, kind)
+        data = cases.draw(shape, op.num_calls(shape, kind.itemsize), kind)
         variants: dict[str, Timed] = {}
         stacks: dict[str, Steps] = {}
         reasons = {}
@@ -267,7 +266,7 @@ def run(
             stack = Steps(program, (params, inputs[b]), session, context, steps)
             stack.run(1)
             stack.calls = steps_that_fit(stack.run(2) / 2, steps)
-            alone = op.variant(name, shape, data, calls)
+            alone = op.variant(name, shape, data)
             alone.first_result()
             variants[f"op {name}"] = alone
             variants[name] = stacks[name] = stack

@@ -64,8 +64,8 @@ def _seconds(program: Callable[[], Any], clock: Clock) -> float:
     return seconds
 
 
-class JaxVariant:
-    """A JAX form of the op, as a loop of `repeats` rounds that make `calls` calls each.
+def looped(op: Op, calls: int, repeats: int, chained: bool) -> jax.stages.Wrapped:
+    """Returns a program that loops over `repeats` rounds, which make `calls` calls each.
 
     The calls of a round are unrolled, and each has its own inputs, so that XLA can neither merge
     them nor take them out of the loop, whose rounds depend on each other. All results of the last
@@ -77,53 +77,63 @@ class JaxVariant:
 
     Args:
         op: takes q, k_cache, block_table and cache_seqlens; gives out and lse.
-        data: inputs of `calls` calls.
         calls: of a round.
-        repeats: rounds of the program.
+        repeats: rounds.
         chained: makes each call wait for the one before. XLA runs independent operations of a CPU
             program at once. On a GPU the wait would cost a kernel.
+
+    Returns:
+        A jitted function of `Data`'s queries, pools and tables, a tuple, and its lengths. It gives
+        the lengths, for the next run to wait for, and the results of the last round.
+    """
+
+    def run(fields: tuple[Any, ...], lengths: jax.Array) -> tuple[jax.Array, Any]:
+        view = Data(fields[0], fields[1], fields[2], lengths)
+
+        def once(_: Any, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            lengths, results = carry[0], []
+            for i in range(calls):
+                out, lse = op(*view.call(i)[:3], lengths)
+                if chained or i == calls - 1:
+                    lengths = lengths + jnp.isnan(lse[:, 0, 0]).astype(jnp.int32)
+                results.append((out, lse))
+            return lengths, results
+
+        shapes = jax.eval_shape(lambda: once(0, (lengths, None)))[1]
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.fori_loop(0, repeats, once, (lengths, blank))
+
+    return jax.jit(run)
+
+
+class JaxVariant:
+    """A JAX form of the op, as a program of `looped`.
+
+    Args:
+        program: that, jitted or compiled.
+        data: its inputs.
+        calls: in all its rounds.
         clock: seconds.
 
     Attributes:
-        calls: of the program, `calls * repeats`.
+        calls: as given.
     """
 
     def __init__(
         self,
-        op: Op,
+        program: Callable[..., Any],
         data: Data,
         calls: int,
-        *,
-        repeats: int = 1,
-        chained: bool = False,
         clock: Clock = time.perf_counter,
     ) -> None:
-        self.calls = calls * repeats
+        self.calls = calls
         self._clock = clock
-
-        def run(fields: tuple[Any, ...], lengths: jax.Array) -> tuple[jax.Array, Any]:
-            view = Data(fields[0], fields[1], fields[2], lengths)
-
-            def once(_: Any, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-                lengths, results = carry[0], []
-                for i in range(calls):
-                    out, lse = op(*view.call(i)[:3], lengths)
-                    if chained or i == calls - 1:
-                        lengths = lengths + jnp.isnan(lse[:, 0, 0]).astype(jnp.int32)
-                    results.append((out, lse))
-                return lengths, results
-
-            shapes = jax.eval_shape(lambda: once(0, (lengths, None)))[1]
-            blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            return jax.lax.fori_loop(0, repeats, once, (lengths, blank))
-
-        jitted = jax.jit(run)
-        fields = (data.queries[:calls], data.pools, data.tables[:calls])
-        self._once = lambda lengths=data.lengths: jitted(fields, lengths)
+        fields = (data.queries, data.pools, data.tables)
+        self._once = lambda lengths=data.lengths: program(fields, lengths)
         self._twice = lambda: self._once(self._once()[0])
 
     def first_result(self) -> np.ndarray:
-        """Compiles the program and returns `out` of the first call of a round."""
+        """Returns `out` of the first call of a round."""
         return np.asarray(self._once()[1][0][0])
 
     def measure(self) -> float:
