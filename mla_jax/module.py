@@ -322,10 +322,12 @@ class MultiHeadLatentAttention(nnx.Module):
                 f"x: got {x.shape[0]} sequences, expected the cache's max_seqs {cache.max_seqs}"
             )
         positions = cache.positions(x.shape[1])
+        scale = self.kv_a_layernorm.scale
+        assert scale is not None  # nnx.RMSNorm has one unless told otherwise
         cache = cache.append_projected(
             layer,
             self.kv_a_proj_with_mqa(x),
-            self.kv_a_layernorm.scale[...],
+            scale[...],
             *rope_tables(self.rope, positions, self.qk_rope_head_dim),
             epsilon=_LATENT_NORM_EPS,
             interleaved=self.rope.interleaved,
