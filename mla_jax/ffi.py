@@ -315,10 +315,11 @@ def append(
         interleaved: as there.
     """
     result = jax.ShapeDtypeStruct(pages.shape, pages.dtype)
-    return jax.ffi.ffi_call(_APPEND, result, input_output_aliases={0: 0})(
-        pages,
-        latents,
-        scale,
+    # XLA makes a call work on a slice of an array at once, such as a layer's weights in a scan, or
+    # write into one, and forgets that pages and result are to be the same memory (seen with jax
+    # 0.11.2 for GPUs): what is not written would be lost. The handler refuses such a call.
+    arrays = jax.lax.optimization_barrier((pages, latents, scale, *arrays))
+    written = jax.ffi.ffi_call(_APPEND, result, input_output_aliases={0: 0})(
         *arrays,
         num_layers=np.int32(pool.num_layers),
         num_pages=np.int32(pool.num_pages),
@@ -326,3 +327,4 @@ def append(
         epsilon=np.float32(epsilon),
         interleaved=interleaved,
     )
+    return jax.lax.optimization_barrier(written)

@@ -165,6 +165,25 @@ def test_the_pool_is_written_in_place():
 
 
 @needs_kernel
+def test_a_scan_over_layers_with_pools_and_weights_of_their_own():
+    """XLA must not make the call work on the slices: pool and result would be two."""
+    cache, (latents, scale, *angles) = drawn()
+    pools = cache.pages.reshape(LAYERS, PAGES, *cache.pages.shape[1:])
+    scales = jnp.stack([scale, 2 * scale, -scale])
+    first = dataclasses.replace(cache, num_layers=1)
+
+    def layer(_, x):
+        pool, scale = x
+        own = dataclasses.replace(first, pages=pool)
+        return None, append(own, 0, (latents, scale, *angles), implementation="ffi")
+
+    written = jax.jit(lambda *xs: jax.lax.scan(layer, None, xs)[1])(pools, scales)
+    for got, pool, scale in zip(written, pools, scales, strict=True):
+        own = dataclasses.replace(first, pages=pool)
+        assert_rounded(got, expected(own, 0, (latents, scale, *angles), True))
+
+
+@needs_kernel
 def test_outside_jit_the_old_pool_stays():
     cache, operands = drawn()
     append(cache, 0, operands, implementation="ffi")
@@ -292,6 +311,10 @@ def test_export():
     allowed = [jax.export.DisabledSafetyCheck.custom_call("mla_jax_append")]
     exported = jax.export.export(run, platforms=("cpu", "cuda"), disabled_checks=allowed)
     program = exported(cache.pages, operands)
+    module = program.mlir_module()
+    # Around each call: see mla_jax/ffi.py.
+    calls = module.count("custom_call @mla_jax_append")
+    assert module.count("stablehlo.optimization_barrier") == 2 * calls > 0
     assert_rounded(program.call(cache.pages, operands), expected(cache, 1, operands, True))
 
 
