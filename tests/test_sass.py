@@ -53,6 +53,10 @@ def test_tensor_cores_and_bulk_copies(kernels):
         if "combine_kernel" in name:
             assert "LDGSTS" in code, name  # partial results come by asynchronous copies
             continue
+        if "append_kernel" in name:
+            for move in ("LDG.E.128", "STG.E.128"):  # latents, 16 bytes a thread
+                assert len(re.findall(rf"\b{re.escape(move)}\b", code)) >= 2, (name, move)
+            continue
         assert len(re.findall(r"\bHGMMA\b", code)) >= 16, name
         assert len(re.findall(r"\bUTMALDG\b", code)) >= 2, name
         assert "USETMAXREG" in code, name
