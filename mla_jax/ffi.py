@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax.hopper import local_gpus, unsuitable
+from mla_jax.xla import result_shapes
 
 _DECODE, _APPEND = "mla_jax_decode", "mla_jax_append"
 PLATFORMS = ("cpu", "cuda")
@@ -220,18 +221,10 @@ def decode(
     return jax.lax.platform_dependent(q, k_cache, block_table, cache_seqlens, **branches)
 
 
-def _result_shapes(q: jax.Array, head_dim_v: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    b, s_q, h_q, _ = q.shape
-    return (
-        jax.ShapeDtypeStruct((b, s_q, h_q, head_dim_v), q.dtype),
-        jax.ShapeDtypeStruct((b, h_q, s_q), jnp.float32),
-    )
-
-
 def _call_cpu(
     q: jax.Array, *arrays: jax.Array, head_dim_v: int, softmax_scale: float, causal: bool
 ) -> Any:
-    call = jax.ffi.ffi_call(_DECODE, _result_shapes(q, head_dim_v))
+    call = jax.ffi.ffi_call(_DECODE, result_shapes(q, head_dim_v))
     return tuple(call(q, *arrays, softmax_scale=np.float32(softmax_scale), causal=causal))
 
 
@@ -252,7 +245,7 @@ def _call_cuda(
     sizes = (b, s_q, h_q, h_kv, block_table.shape[1], page_size, batch_invariant)
     # Partial results of split sequences: memory of the call, which no one else reads.
     workspace = jax.ShapeDtypeStruct((_workspace_bytes(*sizes),), jnp.uint8)
-    call = jax.ffi.ffi_call(_DECODE, (*_result_shapes(q, head_dim_v), workspace))
+    call = jax.ffi.ffi_call(_DECODE, (*result_shapes(q, head_dim_v), workspace))
     rest: tuple[jax.Array, ...] = (k_cache, block_table, cache_seqlens)
     if h_kv > 1:  # the kernel wants all rows that read the same keys at one stride
         q = q.reshape(b, s_q, h_kv, h_q // h_kv, d_k).swapaxes(2, 3).reshape(q.shape)

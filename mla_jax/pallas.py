@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from mla_jax.hopper import local_gpus, unsuitable
 from mla_jax.pallas_config import Config
 from mla_jax.schedule import num_parts
-from mla_jax.xla import from_rows, lse_from_rows, to_rows
+from mla_jax.xla import from_rows, lse_from_rows, result_shapes, to_rows
 
 _JAX_VERSION = (0, 11)
 _MOST_SEQUENCES = 2**15  # whose lengths fit in shared memory
@@ -143,10 +143,6 @@ def decode(
 
     b, s_q, h_q, d_k = q.shape
     if platform is not None:
-        shapes = (
-            jax.ShapeDtypeStruct((b, s_q, h_q, head_dim_v), q.dtype),
-            jax.ShapeDtypeStruct((b, h_q, s_q), jnp.float32),
-        )
         call = functools.partial(
             decode,
             head_dim_v=head_dim_v,
@@ -154,6 +150,7 @@ def decode(
             causal=causal,
             batch_invariant=batch_invariant,
         )
+        shapes = result_shapes(q, head_dim_v)
         return on_cuda(call, shapes, q, k_cache, block_table, cache_seqlens)  # type: ignore[return-value]
     num_pages, page_size, h_kv, _ = k_cache.shape
     group = h_q // h_kv

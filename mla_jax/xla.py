@@ -80,6 +80,15 @@ def decode(
     return from_rows(out, s_q).astype(q.dtype), lse_from_rows(lse, s_q)
 
 
+def result_shapes(q: jax.Array, head_dim_v: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Returns what the op gives for q: out `[b, s_q, h_q, head_dim_v]`, lse `[b, h_q, s_q]`."""
+    b, s_q, h_q, _ = q.shape
+    return (
+        jax.ShapeDtypeStruct((b, s_q, h_q, head_dim_v), q.dtype),
+        jax.ShapeDtypeStruct((b, h_q, s_q), jnp.float32),
+    )
+
+
 def to_rows(q: jax.Array, h_kv: int) -> jax.Array:
     """Groups `[b, s_q, h_q, d]` by KV head into `[b, h_kv, s_q * group, d]`.
 
