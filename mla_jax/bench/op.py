@@ -309,7 +309,9 @@ def compile_all(
     return found
 
 
-def variant(name: str, shape: Shape, data: Data, program: Any = None) -> Variant:
+def variant(
+    name: str, shape: Shape, data: Data, program: Any = None, seconds: float = PROGRAM
+) -> Variant:
     """Returns what measures one name, ours or a peer's.
 
     Args:
@@ -317,14 +319,16 @@ def variant(name: str, shape: Shape, data: Data, program: Any = None) -> Variant
         shape: of the calls.
         data: inputs of a round's calls.
         program: ours, compiled, or why it could not be; by default it is compiled when needed.
+        seconds: that a run takes, about.
     """
     if isinstance(program, Exception):
         raise program
     data = _used(name, data)
-    repeats = _repeats(name, shape, data)
+    repeats = _repeats(name, shape, data, seconds)
     if name in PEERS:
         return PeerVariant(name, shape, data, len(data.queries), repeats)
-    return JaxVariant(program or _program(name, shape, data), data, len(data.queries) * repeats)
+    program = program or _program(name, shape, data, seconds)
+    return JaxVariant(program, data, len(data.queries) * repeats)
 
 
 def _used(name: str, data: Data) -> Data:
@@ -332,23 +336,26 @@ def _used(name: str, data: Data) -> Data:
     return Data(data.queries[:calls], data.pools, data.tables[:calls], data.lengths)
 
 
-def _program(name: str, shape: Shape, data: Data) -> jax.stages.Wrapped:
+def _program(name: str, shape: Shape, data: Data, seconds: float = PROGRAM) -> jax.stages.Wrapped:
     chained = jax.default_backend() == "cpu"
-    return looped(_op(name, shape), len(data.queries), _repeats(name, shape, data), chained)
+    repeats = _repeats(name, shape, data, seconds)
+    return looped(_op(name, shape), len(data.queries), repeats, chained)
 
 
-def _repeats(name: str, shape: Shape, data: Data) -> int:
-    return num_repeats(name, shape, len(data.queries), data.queries[0].dtype.itemsize)
+def _repeats(name: str, shape: Shape, data: Data, seconds: float) -> int:
+    return num_repeats(name, shape, len(data.queries), data.queries[0].dtype.itemsize, seconds)
 
 
-def num_repeats(name: str, shape: Shape, calls: int, itemsize: int) -> int:
+def num_repeats(
+    name: str, shape: Shape, calls: int, itemsize: int, seconds: float = PROGRAM
+) -> int:
     """Counts the rounds of a program that is long enough, by what a call takes at about the least.
 
     That is 10 us, and 3 TB/s of the cache; on a CPU 100 us, and 3 GB/s.
     """
     size = shape.cache_bytes(itemsize)
     if jax.default_backend() == "cpu":
-        seconds = 1e-4 + size / 3e9
+        call = 1e-4 + size / 3e9
     else:
-        seconds = _SLOWER.get(name, 1) * (1e-5 + size / 3e12)
-    return max(1, round(PROGRAM / (calls * seconds)))
+        call = _SLOWER.get(name, 1) * (1e-5 + size / 3e12)
+    return max(1, round(seconds / (calls * call)))

@@ -21,6 +21,8 @@ from flax import nnx
 from mla_jax.bench import cases, models, op
 from mla_jax.bench.runs import Report, TimedSteps, check_dtype, check_options, compile_all, one_line
 from mla_jax.bench.timing import (
+    PROGRAM,
+    RUN,
     Ceilings,
     Clock,
     Timed,
@@ -266,7 +268,8 @@ def run(
             stack = Steps(program, (params, inputs[b]), session, context, steps)
             stack.run(1)
             stack.calls = steps_that_fit(stack.run(2) / 2, steps)
-            alone = op.variant(name, shape, data)
+            # As long a run as one of steps: a card near its power limit slows down in a long one.
+            alone = op.variant(name, shape, data, seconds=PROGRAM if small else RUN)
             alone.first_result()
             variants[f"op {name}"] = alone
             variants[name] = stacks[name] = stack

@@ -21,7 +21,7 @@ from mla_jax.bench.cases import Data
 
 Clock = Callable[[], float]
 Op = Callable[..., tuple[jax.Array, jax.Array]]
-_RUN = 0.3  # seconds of a run, where each call takes long
+RUN = 0.3  # seconds of a run, where each call takes long
 PROGRAM = 0.01  # seconds of a program of short calls: a wall clock is off by a percent of it
 _PAUSE = 0.01  # seconds between measurements: a card near its power limit slows who comes next
 
@@ -53,7 +53,7 @@ class Times:
 
 def steps_that_fit(seconds: float, most: int) -> int:
     """Returns how many steps of so many seconds make a run that is long enough, at most `most`."""
-    return max(1, min(most, int(_RUN / max(seconds, 1e-9))))
+    return max(1, min(most, int(RUN / max(seconds, 1e-9))))
 
 
 def _seconds(program: Callable[[], Any], clock: Clock) -> float:
