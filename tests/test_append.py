@@ -17,6 +17,7 @@ from hlo import IN_PLACE, pool_sized
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from meshes import collectives, mesh, on_gpu, put
+from shapes import floats, ints, shaped
 
 from mla_jax import PagedKVCache, ffi
 
@@ -319,18 +320,6 @@ def test_export():
 
 
 # --- What the handlers refuse ---------------------------------------------------------------------
-
-
-def shaped(*shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def ints(*shape):
-    return shaped(*shape, dtype=jnp.int32)
-
-
-def floats(*shape):
-    return shaped(*shape, dtype=jnp.float32)
 
 
 RIGHT = {

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import assert_close, assert_same_bits, attend, problem
+from shapes import floats, ints, shaped
 
 import mla_jax
 from mla_jax import ffi
@@ -40,24 +41,12 @@ def test_the_library_is_there_where_tests_run():
 # --- What the handler refuses ---------------------------------------------------------------------
 
 
-def zeros(*shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def ints(*shape):
-    return zeros(*shape, dtype=jnp.int32)
-
-
-def floats(*shape):
-    return zeros(*shape, dtype=jnp.float32)
-
-
 RIGHT = {
-    "q": zeros(2, 1, 4, 576),
-    "k_cache": zeros(5, 64, 1, 576),
+    "q": shaped(2, 1, 4, 576),
+    "k_cache": shaped(5, 64, 1, 576),
     "block_table": ints(2, 3),
     "cache_seqlens": ints(2),
-    "out": zeros(2, 1, 4, 512),
+    "out": shaped(2, 1, 4, 512),
     "lse": floats(2, 4, 1),
     "softmax_scale": np.float32(0.1),
     "causal": False,
@@ -66,19 +55,25 @@ OPERANDS = ("q", "k_cache", "block_table", "cache_seqlens")
 
 # What differs from a right call, and what the error says.
 REFUSALS = [
-    ({"q": zeros(2, 1, 4, 576, dtype=jnp.int8)}, r"q: got another dtype\[2, 1, 4, 576\], expected"),
+    (
+        {"q": shaped(2, 1, 4, 576, dtype=jnp.int8)},
+        r"q: got another dtype\[2, 1, 4, 576\], expected",
+    ),
     ({"q": ints(2, 1, 4, 576)}, r"q: got int32\[2, 1, 4, 576\], expected bfloat16, float16 or"),
-    ({"q": zeros(2, 4, 576)}, r"q: got bfloat16\[2, 4, 576\], expected 4 axes \[b, s_q, h_q, d_k"),
-    ({"q": zeros(2, 0, 4, 576)}, "q: got s_q 0, expected at least 1"),
-    ({"q": zeros(2, 1, 0, 576)}, "q: got h_q 0, expected at least 1"),
-    ({"q": zeros(2, 1, 4, 0)}, "q: got d_k 0, expected at least 1"),
+    ({"q": shaped(2, 4, 576)}, r"q: got bfloat16\[2, 4, 576\], expected 4 axes \[b, s_q, h_q, d_k"),
+    ({"q": shaped(2, 0, 4, 576)}, "q: got s_q 0, expected at least 1"),
+    ({"q": shaped(2, 1, 0, 576)}, "q: got h_q 0, expected at least 1"),
+    ({"q": shaped(2, 1, 4, 0)}, "q: got d_k 0, expected at least 1"),
     ({"q": floats(2, 1, 4, 576)}, r"k_cache: got bfloat16\[5, 64, 1, 576\], expected q's dtype fl"),
-    ({"k_cache": zeros(5, 64, 576)}, r"k_cache: got bfloat16\[5, 64, 576\], expected 4 axes"),
-    ({"k_cache": zeros(0, 64, 1, 576)}, "k_cache: got num_pages 0, expected at least 1"),
-    ({"k_cache": zeros(5, 0, 1, 576)}, "k_cache: got page_size 0, expected at least 1"),
-    ({"k_cache": zeros(5, 64, 0, 576)}, "k_cache: got h_kv 0, expected at least 1"),
-    ({"k_cache": zeros(5, 64, 1, 512)}, "k_cache: got d_k 512, expected q's d_k 576"),
-    ({"k_cache": zeros(5, 64, 3, 576)}, "q: got 4 heads, expected a multiple of k_cache's 3 heads"),
+    ({"k_cache": shaped(5, 64, 576)}, r"k_cache: got bfloat16\[5, 64, 576\], expected 4 axes"),
+    ({"k_cache": shaped(0, 64, 1, 576)}, "k_cache: got num_pages 0, expected at least 1"),
+    ({"k_cache": shaped(5, 0, 1, 576)}, "k_cache: got page_size 0, expected at least 1"),
+    ({"k_cache": shaped(5, 64, 0, 576)}, "k_cache: got h_kv 0, expected at least 1"),
+    ({"k_cache": shaped(5, 64, 1, 512)}, "k_cache: got d_k 512, expected q's d_k 576"),
+    (
+        {"k_cache": shaped(5, 64, 3, 576)},
+        "q: got 4 heads, expected a multiple of k_cache's 3 heads",
+    ),
     ({"block_table": ints(6)}, r"block_table: got int32\[6\], expected int32\[b, max_pages_per_se"),
     ({"block_table": floats(2, 3)}, r"block_table: got float32\[2, 3\], expected int32\[b, max"),
     ({"block_table": ints(3, 3)}, r"block_table: got int32\[3, 3\], expected int32\[b=2, max_page"),
@@ -86,12 +81,15 @@ REFUSALS = [
     ({"cache_seqlens": ints(3)}, r"cache_seqlens: got int32\[3\], expected int32\[b=2\]"),
     ({"cache_seqlens": ints(2, 1)}, r"cache_seqlens: got int32\[2, 1\], expected int32\[b=2\]"),
     ({"cache_seqlens": floats(2)}, r"cache_seqlens: got float32\[2\], expected int32\[b=2\]"),
-    ({"out": zeros(2, 1, 512)}, r"out: got bfloat16\[2, 1, 512\], expected 4 axes"),
-    ({"out": zeros(2, 1, 4, 577)}, "out: got head_dim_v 577, expected at most d_k 576"),
-    ({"out": zeros(2, 1, 4, 0)}, "out: got head_dim_v 0, expected at least 1"),
+    ({"out": shaped(2, 1, 512)}, r"out: got bfloat16\[2, 1, 512\], expected 4 axes"),
+    ({"out": shaped(2, 1, 4, 577)}, "out: got head_dim_v 577, expected at most d_k 576"),
+    ({"out": shaped(2, 1, 4, 0)}, "out: got head_dim_v 0, expected at least 1"),
     ({"out": floats(2, 1, 4, 512)}, r"out: got float32\[2, 1, 4, 512\], expected bfloat16\[b, s_q"),
-    ({"out": zeros(2, 1, 3, 512)}, r"out: got bfloat16\[2, 1, 3, 512\], expected bfloat16\[b, s_q"),
-    ({"lse": zeros(2, 4, 1)}, r"lse: got bfloat16\[2, 4, 1\], expected float32\[b, h_q, s_q\]"),
+    (
+        {"out": shaped(2, 1, 3, 512)},
+        r"out: got bfloat16\[2, 1, 3, 512\], expected bfloat16\[b, s_q",
+    ),
+    ({"lse": shaped(2, 4, 1)}, r"lse: got bfloat16\[2, 4, 1\], expected float32\[b, h_q, s_q\]"),
     ({"lse": floats(2, 1, 4)}, r"lse: got float32\[2, 1, 4\], expected float32\[b, h_q, s_q\]"),
     ({"softmax_scale": np.float32(0)}, "softmax_scale: got 0.0+, expected a positive finite"),
     ({"softmax_scale": np.float32("nan")}, "softmax_scale: got nan, expected a positive finite"),

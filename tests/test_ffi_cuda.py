@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import Problem, assert_close, assert_same_bits, attend, problem
+from shapes import floats, ints, shaped
 
 import mla_jax
 from mla_jax import ffi
@@ -44,18 +45,6 @@ def on_gpu():
 
 
 gpu = pytest.mark.usefixtures("on_gpu")
-
-
-def shaped(*shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def ints(*shape):
-    return shaped(*shape, dtype=jnp.int32)
-
-
-def floats(*shape):
-    return shaped(*shape, dtype=jnp.float32)
 
 
 def inputs(h_q=4, h_kv=1, d_k=576, page_size=64, width=3, dtype=jnp.bfloat16):
