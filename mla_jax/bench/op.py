@@ -4,9 +4,7 @@
 
 import functools
 import gc
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,7 @@ from mla_jax.bench import cases
 from mla_jax.bench.cases import Data, Shape
 from mla_jax.bench.peers import PEERS, PeerVariant
 from mla_jax.bench.peers import unsupported_reason as peer_reason
-from mla_jax.bench.runs import check_dtype, one_line
+from mla_jax.bench.runs import check_dtype, compile_all, one_line
 from mla_jax.bench.timing import (
     PROGRAM,
     Ceilings,
@@ -188,7 +186,12 @@ def run(
     pair = None if compare is None else (compare[0], compare[1])
     found = ceilings or measure_ceilings(kind, jax.default_backend())
     report = Report(dtype, rounds, found, names, pair, [])
-    programs = compile_all(shapes, kind, report.ours, tick)
+    programs = compile_all(
+        functools.partial(_lower, dtype=kind),
+        shapes,
+        report.ours,
+        lambda shape: tick(f"{shape}: compiled"),
+    )
     for shape in shapes:
         report.rows.append(_measure(shape, kind, names, programs, rounds, found, tick))
         done(report)
@@ -267,46 +270,14 @@ def _reason(name: str, shape: Shape, data: Data) -> str | None:
     return explain(*data.call(0), **options).reasons.get(name)
 
 
-def compile_all(
-    shapes: Sequence[Shape], dtype: jnp.dtype, names: Sequence[str], tick: Tick = lambda _: None
-) -> Programs:
-    """Compiles the programs of all shapes at once; one that fails gives its exception.
+def _lower(shape: Shape, name: str, dtype: jnp.dtype) -> jax.stages.Lowered:
+    def draw() -> tuple[Any, ...]:
+        data = _used(name, cases.draw(shape, num_calls(shape, dtype.itemsize), dtype))
+        return data.queries, data.pools, data.tables, data.lengths
 
-    Args:
-        shapes: of the calls.
-        dtype: of queries and cache.
-        names: of ours; those that cannot run a shape get no program for it.
-        tick: told of each shape that is done.
-
-    Returns:
-        The programs by shape and name.
-    """
-
-    def compiled(shape: Shape) -> Programs:
-        def draw() -> tuple[Any, ...]:
-            data = cases.draw(shape, num_calls(shape, dtype.itemsize), dtype)
-            return data.queries, data.pools, data.tables, data.lengths
-
-        data = Data(*jax.eval_shape(draw))
-        programs: Programs = {}
-        for name in names:
-            if _reason(name, shape, data) is None:
-                try:
-                    used = _used(name, data)
-                    fields = (used.queries, used.pools, used.tables)
-                    lowered = _program(name, shape, used).lower(fields, used.lengths)
-                    programs[shape, name] = lowered.compile()
-                except Exception as error:  # one that fails must not take the others with it
-                    programs[shape, name] = error
-        return programs
-
-    found: Programs = {}
-    with ThreadPoolExecutor(os.cpu_count()) as workers:
-        tasks = {workers.submit(compiled, shape): shape for shape in shapes}
-        for task in as_completed(tasks):
-            found |= task.result()
-            tick(f"{tasks[task]}: compiled")
-    return found
+    queries, pools, tables, lengths = jax.eval_shape(draw)
+    program = _program(name, shape, Data(queries, pools, tables, lengths))
+    return program.lower((queries, pools, tables), lengths)
 
 
 def variant(
@@ -318,7 +289,7 @@ def variant(
         name: of it.
         shape: of the calls.
         data: inputs of a round's calls.
-        program: ours, compiled, or why it could not be; by default it is compiled when needed.
+        program: ours, compiled, or why it was not; by default it is compiled when needed.
         seconds: that a run takes, about.
     """
     if isinstance(program, Exception):

@@ -4,8 +4,8 @@
 
 They take the very arrays of our implementations, through DLPack, and are timed by replay of a CUDA
 graph between two events, in runs as long as ours: a card that is warm from work is slower. What a
-peer plans before its calls is not timed. JAX itself has no op to
-measure: its paged attention wants keys and values of one width, its attention has no pages.
+peer plans before its calls is not timed. JAX itself has no op to measure: its paged attention wants
+keys and values of one width, its attention has no pages.
 """
 
 import importlib.metadata

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmarks of decode steps share: options, programs, the time of a step, the report."""
 
+import os
 from abc import ABC, abstractmethod
-from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +13,7 @@ from mla_jax.bench.timing import Ceilings
 from mla_jax.config import DTYPES
 
 Row = TypeVar("Row")
+Key = TypeVar("Key")
 
 
 @dataclass
@@ -77,33 +78,42 @@ def check_dtype(dtype: str) -> None:
 
 
 def compile_all(
-    lower: Callable[[int, str], Any], batches: Sequence[int], names: Sequence[str]
-) -> dict[tuple[int, str], Any]:
-    """Compiles a program for each batch and implementation; one that fails gives its exception.
+    lower: Callable[[Key, str], Any],
+    keys: Sequence[Key],
+    names: Sequence[str],
+    done: Callable[[Key], None] = lambda _: None,
+) -> dict[tuple[Key, str], Any]:
+    """Compiles a program for each key and implementation; one that fails gives its exception.
 
-    Batches go at once, implementations one after the other: they have their matrix products in
+    Keys go at once, implementations one after the other: they have their matrix products in
     common, and what XLA measures to choose a form of those serves all programs that follow.
 
     Args:
-        lower: returns the lowered program of a batch and a name.
-        batches: at least one.
+        lower: returns the lowered program of a key and a name.
+        keys: what programs are for, such as batches; at least one.
         names: of implementations.
+        done: told of each key whose programs are there.
 
     Returns:
-        The programs by batch and name.
+        The programs by key and name.
     """
 
-    def compiled(b: int) -> dict[tuple[int, str], Any]:
-        programs: dict[tuple[int, str], Any] = {}
+    def compiled(key: Key) -> dict[tuple[Key, str], Any]:
+        programs: dict[tuple[Key, str], Any] = {}
         for name in names:
             try:
-                programs[b, name] = lower(b, name).compile()
+                programs[key, name] = lower(key, name).compile()
             except Exception as error:  # one that fails must not take the others with it
-                programs[b, name] = error
+                programs[key, name] = error
         return programs
 
-    with ThreadPoolExecutor(len(batches)) as workers:
-        return dict(ChainMap(*workers.map(compiled, batches)))
+    found: dict[tuple[Key, str], Any] = {}
+    with ThreadPoolExecutor(min(len(keys), os.cpu_count() or 1)) as workers:
+        tasks = {workers.submit(compiled, key): key for key in keys}
+        for task in as_completed(tasks):
+            found |= task.result()
+            done(tasks[task])
+    return found
 
 
 def one_line(error: Exception) -> str:
