@@ -27,6 +27,11 @@ class Pool:
     page_size: int
 
 
+def positions(seqlens: jax.Array, t: int) -> jax.Array:
+    """Positions of a step's `t` columns: `[b, t]` int32, negative only in padding."""
+    return seqlens[:, None] - t + jnp.arange(t, dtype=jnp.int32)
+
+
 def scatter(
     pages: jax.Array,
     latents: jax.Array,
@@ -50,7 +55,7 @@ def scatter(
     """
     layer, first_row, first_slot = place
     t = latents.shape[1]
-    position = seqlens[:, None] - t + jnp.arange(t, dtype=jnp.int32)
+    position = positions(seqlens, t)
     is_new = jnp.arange(t) >= t - num_new[:, None]
     is_new &= (position >= 0) & (layer >= 0) & (layer < pool.num_layers)
     page = jnp.take_along_axis(block_table, position // pool.page_size, axis=1, mode="clip")

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from mla_jax.append import Pool, append, scatter
+from mla_jax.append import Pool, append, positions, scatter
 from mla_jax.decode import Implementation, check_implementation
 
 _INT32_MAX = 2**31 - 1
@@ -285,7 +285,7 @@ class PagedKVCache:
     def positions(self, t: int) -> jax.Array:
         """Positions of a step's `t` columns: `[max_seqs, t]` int32, negative only in padding."""
         _require_positive(t=t)
-        return self.seqlens[:, None] - t + jnp.arange(t, dtype=jnp.int32)
+        return positions(self.seqlens, t)
 
     def layer_table(self, layer: ArrayLike) -> jax.Array:
         """Table of one layer's rows of `pages`, as the op takes it.

@@ -11,9 +11,8 @@ LIBRARY is the kernel alone, without XLA:
     nvcc -O3 -std=c++17 -arch=sm_90a -shared -Xcompiler -fPIC -o LIBRARY \
         xla_ffi/cuda/sm90/decode/launch.cu
 
-racecheck reports what named barriers order in this kernel: the maxima and sums that one warpgroup
-hands to the other, and the factors of the combination. docs/performance.md says why they are no
-races, and what is open.
+racecheck reports what named barriers order in this kernel, above all the maxima that one warpgroup
+hands to the other. docs/performance.md says why they are no races, and what is open.
 """
 
 import ctypes

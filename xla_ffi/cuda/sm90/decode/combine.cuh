@@ -115,7 +115,7 @@ struct Sum {
 };
 
 // Sums the CTA's units: each warp copies what it will sum to shared memory, and needs no other warp
-// unless they share a unit. Loops are hardly unrolled: code that runs once takes longest to fetch.
+// unless they share a unit.
 template <typename T, typename Partial>
 __device__ __forceinline__ void combine_units(const Combination& c) {
   using Format = PartialFormat<Partial>;

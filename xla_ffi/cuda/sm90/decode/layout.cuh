@@ -145,7 +145,7 @@ __device__ __forceinline__ float log_sum_exp(float max, float sum) {
   return sum == 0.f ? __builtin_huge_valf() : (max + __log2f(sum)) * 0.6931471805599453f;
 }
 
-// Barriers of bar.sync; 0 is __syncthreads.
+// Barriers of bar.sync; 0 would be that of __syncthreads.
 enum NamedBarrier : int {
   kEvenWeightsReady = 1,  // buffer 0's weights and maxima are in shared memory
   kOddWeightsReady = 2,
