@@ -395,6 +395,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert "\nnot fa3: " in out
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="other tests keep the GPU busy")
 def test_the_ceilings_are_measured():
     found = timing.measure_ceilings(jnp.dtype("float32"), "cpu")
     # An abacus and a machine of the far future: what is tested is the units.

@@ -258,7 +258,7 @@ def test_a_row_without_memory_leaves_the_others(module, monkeypatch):
     monkeypatch.setattr(module, "compile_all", compiled)
     monkeypatch.setattr(op, "num_calls", lambda *_: 1)
     found = module.run("deepseek-v2-lite", batches=(1, 2), layers=1, ceilings=CEILINGS)
-    assert [row.b for row in found.rows] == [1, 2]
+    assert {row.b for row in found.rows} == {1, 2}
     for row in found.rows:
         assert row.results == {}
         assert row.reasons == dict.fromkeys(("ffi", "pallas", "xla"), "RESOURCE_EXHAUSTED")
