@@ -297,18 +297,20 @@ def run(
         return projections_floor(config, b, kind.itemsize, found) * depth
 
     for b in batches:
-        session = Session(new_cache(b))
+        session = None
         for context in contexts:
             tick(f"b {b}, context {context}")
             try:
+                session = session or Session(new_cache(b))
                 row = measured(b, context, session)
             except RuntimeError as error:  # out of memory: the other rows stay
+                session = None  # what failed may have taken the cache with it
                 why = dict.fromkeys(names, one_line(error))
                 row = Row(b, context, pools[b], 1e6 * projections(b), {}, why)
             report.rows.append(row)
             done(report)
             gc.collect()
-        del session
+        session = None
         gc.collect()  # this cache, before the next
     return report
 
