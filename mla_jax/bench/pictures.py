@@ -38,7 +38,7 @@ def draw_op(report: op.Report, folder: Path) -> str | None:
     columns = ratios(report)
     if not columns:
         return "no speedup.png: it needs a peer, or --compare"
-    figure, axes = _figure(1.5 + 0.3 * len(report.rows) * len(columns))
+    figure, axes = _figure(1.5 + 0.12 * len(report.rows) * len(columns))
     height = 0.8 / len(columns)
     for i, (name, values) in enumerate(columns.items()):
         places = [y + i * height for y in range(len(report.rows))]
@@ -46,8 +46,9 @@ def draw_op(report: op.Report, folder: Path) -> str | None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks([y + 0.4 for y in range(len(report.rows))], [str(r.shape) for r in report.rows])
     axes.invert_yaxis()
+    axes.margins(y=0.01)
     axes.set(xlabel="times as fast", ylabel="b,s_q,s_k,h_q")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(columns))  # no place is free of bars
     _save(figure, folder / "speedup.png")
     return None
 
