@@ -29,14 +29,14 @@ namespace mla {
 template <typename T, int kPieces>
 struct Decode {
   using Mma = wgmma::Mma<T>;
-  static constexpr int kBlockShift = 6;                 // log2 of the tokens of a block
-  static constexpr int kMaxCopies = kBlockTokens / 16;  // of a block, with the smallest pages
+  static constexpr int kBlockShift = 6;                // log2 of the tokens of a block
+  static constexpr int kMaxPages = kBlockTokens / 16;  // of a block, with the smallest pages
 
   // ---- Copies ----
 
   // Copies the queries of the part's items; run by one thread.
   __device__ static void produce_queries(const DecodeArgs& args, const QueryMaps& maps,
-                                         Shared& shared, const Place& place) {
+                                         Shared& shared, Place place) {
     constexpr int kValuePieces = kValueColumns / 64;
     const int height = shared.part.height;
     const int box_bytes = query_box_rows(args.rows, shared.part.height) * 128;
@@ -59,68 +59,81 @@ struct Decode {
     return i == kBoxes - 1 ? i : i ^ (buffer << 1);
   }
 
-  // Copies all blocks of the part as their buffers become free; run by one thread. Its pace bounds
-  // the kernel's: what a copy needs is known before.
-  __device__ static void produce_cache(const DecodeArgs& args, const CacheMaps& maps,
-                                       Shared& shared, const Place& place) {
-    const int shift = min(args.page_shift, kBlockShift);  // log2 of the tokens of one copy
-    const int copies = kBlockTokens >> shift;             // that make up a block
-    const uint64_t policy = ptx::l2_evict_first_policy();
-    uint32_t copied = 0, parities = 0;  // a bit for each buffer
+  // Copies one block into a buffer as soon as it is free. `pages` are the block's; past the end
+  // none: zeros.
+  template <int kBuffer, int kPages>
+  __device__ __forceinline__ static void copy_block(const DecodeArgs& args, const CacheMaps& maps,
+                                                    Shared& shared, const Place& place, int block,
+                                                    const int (&pages)[kPages], uint32_t& uses,
+                                                    uint64_t policy) {
+    const int row = block * kBlockTokens & (args.page_size - 1);
+    const bool used = uses > 0;  // before, so that it must have been given back
+    const uint32_t parity = (uses - 1) & 1;
+    ++uses;
     // The half that is given back first is copied first. With many tiles to a block, arithmetic
     // binds, and scores that start early only take tensor cores from what gives the rest back.
     const bool early = place.groups <= 2;
+#pragma unroll
+    for (int i = 0; i < kBoxes; ++i) {
+      const int box = box_in_order(kBuffer, i), first = 2 * box;
+      if (first >= kPieces) break;
+      // The weights, in the RoPE piece, are last read for the other half.
+      const int half = i < 2 ? kBuffer : 1 - kBuffer;
+      if (used && (i == 0 || i == 2)) {
+        ptx::mbarrier_wait(&shared.cache_empty[kBuffer][half], parity);
+        if (i == 0 && !early) ptx::mbarrier_wait(&shared.cache_empty[kBuffer][1 - half], parity);
+      }
+      uint64_t* full = &shared.cache_full[kBuffer][box];
+      const int end = min(first + 2, kPieces);
+      ptx::mbarrier_arrive_expect_tx(full, (end - first) * wgmma::kPieceBytes);
+      if constexpr (kPages == 1) {
+        ptx::tma_load(shared.cache[kBuffer][first], box == kBoxes - 1 ? &maps.one : &maps.two, full,
+                      0, row, first, place.kv_head, pages[0], policy);
+      } else {
+        // A page's tokens are not all of a piece: one copy for each page and piece.
+#pragma unroll 1
+        for (int piece = first; piece < end; ++piece) {
+#pragma unroll
+          for (int c = 0; c < kPages; ++c) {
+            if (c << args.page_shift >= kBlockTokens) break;
+            ptx::tma_load(shared.cache[kBuffer][piece] + (c << args.page_shift) * 128, &maps.one,
+                          full, 0, 0, piece, place.kv_head, pages[c], policy);
+          }
+        }
+      }
+    }
+  }
+
+  // Copies all blocks of the part, each of at most `kPages` pages; run by one thread. Its pace
+  // bounds the kernel's: what a copy needs is known before.
+  template <int kPages>
+  __device__ static void produce_cache(const DecodeArgs& args, const CacheMaps& maps,
+                                       Shared& shared, Place place) {
+    const int shift = kPages == 1 ? kBlockShift : args.page_shift;  // log2 of a copy's tokens
+    const uint64_t policy = ptx::l2_evict_first_policy();
+    uint32_t uses[2] = {0, 0};  // of each buffer
 
     for_each_item(args, shared.part, [&](const Item& item) {
       const int32_t* table = args.block_table + int64_t{item.seq} * args.max_pages_per_seq;
-      int pages[kMaxCopies];  // of the block at hand; past the end none: zeros
-      const auto find_pages = [&](int block) {
+      const auto find_pages = [&](int block, int(&pages)[kPages]) {
 #pragma unroll
-        for (int c = 0; c < kMaxCopies; ++c) {
+        for (int c = 0; c < kPages; ++c) {
           const int token = block * kBlockTokens + (c << shift);
-          pages[c] =
-              c < copies && token < item.tokens ? __ldg(table + (token >> args.page_shift)) : -1;
+          pages[c] = (c << shift) < kBlockTokens && token < item.tokens
+                         ? __ldg(table + (token >> args.page_shift))
+                         : -1;
         }
       };
-      find_pages(item.begin);
+      int even[kPages], odd[kPages];  // pages of the next blocks for the two buffers
+      find_pages(item.begin, even);
+      find_pages(item.begin + 1, odd);
 #pragma unroll 1
-      for (int block = item.begin; block < item.end; ++block) {
-        const int buffer = (block - item.begin) & 1;
-        const int row = block * kBlockTokens & (args.page_size - 1);
-        const bool used = copied >> buffer & 1;  // before, so that it must have been given back
-        const uint32_t parity = parities >> buffer & 1;
-        copied |= 1 << buffer;
-        if (used) parities ^= 1 << buffer;
-#pragma unroll
-        for (int i = 0; i < kBoxes; ++i) {
-          const int box = box_in_order(buffer, i), first = 2 * box;
-          if (first >= kPieces) break;
-          // The weights, in the RoPE piece, are last read for the other half.
-          const int half = i < 2 ? buffer : 1 - buffer;
-          if (used && (i == 0 || i == 2)) {
-            ptx::mbarrier_wait(&shared.cache_empty[buffer][half], parity);
-            if (i == 0 && !early) ptx::mbarrier_wait(&shared.cache_empty[buffer][1 - half], parity);
-          }
-          uint64_t* full = &shared.cache_full[buffer][box];
-          const int end = min(first + 2, kPieces);
-          ptx::mbarrier_arrive_expect_tx(full, (end - first) * wgmma::kPieceBytes);
-          if (copies == 1) {
-            ptx::tma_load(shared.cache[buffer][first], box == kBoxes - 1 ? &maps.one : &maps.two,
-                          full, 0, row, first, place.kv_head, pages[0], policy);
-            continue;
-          }
-          // A page's tokens are not all of a piece: one copy for each page and piece.
-#pragma unroll 1
-          for (int piece = first; piece < end; ++piece) {
-#pragma unroll
-            for (int c = 0; c < kMaxCopies; ++c) {
-              if (c >= copies) break;
-              ptx::tma_load(shared.cache[buffer][piece] + (c << shift) * 128, &maps.one, full, 0, 0,
-                            piece, place.kv_head, pages[c], policy);
-            }
-          }
-        }
-        if (block + 1 < item.end) find_pages(block + 1);
+      for (int block = item.begin; block < item.end; block += 2) {
+        copy_block<0>(args, maps, shared, place, block, even, uses[0], policy);
+        find_pages(block + 2, even);
+        if (block + 1 == item.end) break;
+        copy_block<1>(args, maps, shared, place, block + 1, odd, uses[1], policy);
+        find_pages(block + 3, odd);
       }
     });
   }
@@ -497,15 +510,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     ptx::named_barrier_sync(kStart, kThreads);
   }
-  const Place place = shared.place;
 
   // 168 registers a thread at launch; the copiers' go to the others.
   if (warpgroup == 2) {
     ptx::registers_shrink<56>();
-    if (threadIdx.x == 256) {
-      Kernel::produce_cache(args, cache_maps, shared, place);
-    } else if (threadIdx.x == 288) {
-      Kernel::produce_queries(args, query_maps, shared, place);
+    if (warp == 8 && ptx::elect_one()) {
+      if (args.page_size < kBlockTokens) {
+        Kernel::template produce_cache<Kernel::kMaxPages>(args, cache_maps, shared, shared.place);
+      } else {
+        Kernel::template produce_cache<1>(args, cache_maps, shared, shared.place);
+      }
+    } else if (warp == 9 && ptx::elect_one()) {
+      Kernel::produce_queries(args, query_maps, shared, shared.place);
     } else if (threadIdx.x == 320 && args.cooperative) {
       shared.pieces = find_pieces(shared.part, args.grids[shared.part.height].parts.value, args.b);
       clear_counters(args, &shared.counters_clear);
@@ -513,7 +529,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncwarp();
   } else {
     ptx::registers_grow<224>();
-    Kernel::consume(args, shared, place, warpgroup);
+    Kernel::consume(args, shared, shared.place, warpgroup);
   }
 }
 
