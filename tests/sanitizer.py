@@ -1,15 +1,15 @@
 # Copyright 2026 The mla-jax Authors
 # SPDX-License-Identifier: Apache-2.0
-r"""Small calls of every template of the Hopper kernel, for compute-sanitizer; needs nvcc and a GPU.
+r"""Small calls of every template of the CUDA kernels, for compute-sanitizer; needs nvcc and a GPU.
 
     for tool in memcheck racecheck initcheck synccheck; do
         compute-sanitizer --tool $tool --error-exitcode 1 python tests/sanitizer.py LIBRARY
     done
 
-LIBRARY is the kernel alone, without XLA:
+LIBRARY is the kernels alone, without XLA:
 
     nvcc -O3 -std=c++17 -arch=sm_90a -shared -Xcompiler -fPIC -o LIBRARY \
-        xla_ffi/cuda/sm90/decode/launch.cu
+        xla_ffi/cuda/sm90/decode/launch.cu xla_ffi/cuda/sm90/append.cu
 
 racecheck reports what named barriers order in this kernel, above all the maxima that one warpgroup
 hands to the other. docs/performance.md says why they are no races, and what is open.
@@ -24,10 +24,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax.numpy as jnp
 import numpy as np
-from reference import Problem, assert_close, attend, problem
+from reference import Problem, assert_close, assert_same_bits, attend, problem
 
 _POINTERS = "q q_pe k_cache block_table cache_seqlens out lse workspace counters".split()
 _SIZES = "b s_q h_q h_kv d_k d_v num_pages page_size max_pages_per_seq".split()
+_APPEND_POINTERS = "pages latents scale cos sin block_table seqlens num_new place".split()
+_APPEND_SIZES = (
+    "b t c r num_rows num_slots num_layers num_pages page_size max_pages_per_seq".split()
+)
 
 
 class Params(ctypes.Structure):
@@ -40,6 +44,19 @@ class Params(ctypes.Structure):
         ("causal", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
         ("batch_invariant", ctypes.c_int32),
+    ]
+
+
+class AppendParams(ctypes.Structure):
+    """MlaAppendParams of xla_ffi/mla.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _APPEND_POINTERS),
+        *((name, ctypes.c_int32) for name in _APPEND_SIZES),
+        ("epsilon", ctypes.c_float),
+        ("interleaved", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("scale_dtype", ctypes.c_int32),
     ]
 
 
@@ -77,20 +94,27 @@ class Device:
 
 
 def run(
-    device: Device, library: ctypes.CDLL, p: Problem, causal: bool, invariant: bool
+    device: Device,
+    library: ctypes.CDLL,
+    p: Problem,
+    causal: bool,
+    invariant: bool,
+    in_parts: bool = False,
 ) -> tuple[Any, Any]:
     """Calls the kernel with every buffer an allocation of its own."""
     b, s_q, h_q, d_k = p.q.shape
     num_pages, page_size, h_kv, _ = p.k_cache.shape
-    q = p.q
+    q, q_pe = p.q, None
     if h_kv > 1:  # as the kernel wants it: rows that read the same keys at one stride
         q = q.reshape(b, s_q, h_kv, h_q // h_kv, d_k).swapaxes(2, 3)
+    if in_parts:
+        q, q_pe = q[:, 0, :, :512].swapaxes(0, 1), device.put(q[:, 0, :, 512:])
     out, lse = np.empty((b, s_q, h_q, 512), p.q.dtype), np.empty((b, h_q, s_q), np.float32)
     arrays = [device.put(x) for x in (q, p.k_cache, p.block_table, p.cache_seqlens)]
     sizes = (b, s_q, h_q, h_kv, d_k, 512, num_pages, page_size, p.block_table.shape[1])
     dtype = 1 if p.q.dtype == np.float16 else 0
     params = Params(
-        arrays[0], None, *arrays[1:], *[None] * 4, *sizes, d_k**-0.5, causal, dtype, invariant
+        arrays[0], q_pe, *arrays[1:], *[None] * 4, *sizes, d_k**-0.5, causal, dtype, invariant
     )
     workspace = library.mla_sm90_decode_workspace_bytes(ctypes.byref(params), 132)
     results = [device.allocate(n) for n in (out.nbytes, lse.nbytes, workspace, 4 * 264)]
@@ -98,9 +122,84 @@ def run(
     if error := library.mla_sm90_decode(ctypes.byref(params), None):
         sys.exit(f"launch: CUDA error {error}")
     got = device.get(results[0], out), device.get(results[1], lse)
-    for pointer in (*arrays, *results):
+    for pointer in (*arrays, *results, *([q_pe] if in_parts else [])):
         device.call("cuMemFree_v2", pointer)
     return got
+
+
+def append(
+    device: Device,
+    library: ctypes.CDLL,
+    dtype: Any,
+    scale_dtype: Any,
+    interleaved: bool,
+    integers: list[np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Appends 3 tokens of each sequence; returns the pages and what float64 makes of them.
+
+    Args:
+        device: to run on.
+        library: the kernels.
+        dtype: of latents and pages.
+        scale_dtype: of the norm's weights.
+        interleaved: the order of the rotated channels.
+        integers: block table, lengths, numbers of new tokens, and the layer with two zeros.
+    """
+    b, t, c, r, num_layers, num_pages, page_size = len(integers[1]), 3, 512, 64, 2, 9, 16
+    rng = np.random.default_rng(1)
+    latents = rng.standard_normal((b, t, c + r)).astype(dtype)
+    scale = rng.standard_normal(c).astype(scale_dtype)
+    angle = rng.uniform(-3, 3, (b, t, r // 2))
+    pages = np.ones((num_layers * num_pages, page_size, c + r), dtype)
+
+    want = pages.astype(np.float64)
+    table, lengths, counts, (layer, *_) = integers
+    for i in range(b):
+        for j in range(t):
+            position = int(lengths[i]) - t + j
+            if j < t - int(counts[i]) or not 0 <= position < table.shape[1] * page_size:
+                continue
+            page = int(table[i, position // page_size])
+            if not 0 <= page < num_pages or not 0 <= layer < num_layers:
+                continue
+            x = latents[i, j].astype(np.float64)
+            normed = x[:c] / np.sqrt(np.mean(x[:c] ** 2) + 1e-6) * scale.astype(np.float64)
+            even, odd = (x[c::2], x[c + 1 :: 2]) if interleaved else np.split(x[c:], 2)
+            turned = (even + 1j * odd) * np.exp(1j * angle[i, j])
+            turned = np.stack([turned.real, turned.imag], axis=-1 if interleaved else 0)
+            want[layer * num_pages + page, position % page_size] = [*normed, *turned.ravel()]
+
+    floats = [np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)]
+    arrays = [device.put(x) for x in (pages, latents, scale, *floats, *integers)]
+    sizes = (b, t, c, r, *pages.shape[:2], num_layers, num_pages, page_size, table.shape[1])
+    code = {"bfloat16": 0, "float16": 1, "float32": 2}
+    kinds = (code[pages.dtype.name], code[scale.dtype.name])
+    params = AppendParams(*arrays, *sizes, 1e-6, interleaved, *kinds)
+    if error := library.mla_sm90_append(ctypes.byref(params), None):
+        sys.exit(f"append: CUDA error {error}")
+    got = device.get(arrays[0], np.empty_like(pages))
+    for pointer in arrays:
+        device.call("cuMemFree_v2", pointer)
+    return got, want
+
+
+def check_append(device: Device, library: ctypes.CDLL) -> int:
+    """Holds the append to float64, also where lengths and tables are anything."""
+    rng = np.random.default_rng(0)
+    table = rng.permutation(9)[:8].reshape(4, 2).astype(np.int32)
+    right = [table, np.array([3, 18, 32, 7]), np.array([3, 3, 1, 0]), np.array([1, 0, 0])]
+    anything = [rng.integers(-(2**31), 2**31, x.shape) for x in right[:3]]
+    count = 0
+    for integers in (right, [*anything, right[3]]):
+        for dtype in (jnp.bfloat16, jnp.float16):
+            for scale_dtype in (dtype, np.float32):
+                for interleaved in (False, True):
+                    values = [np.asarray(x, np.int32) for x in integers]
+                    got, want = append(device, library, dtype, scale_dtype, interleaved, values)
+                    half = float(jnp.finfo(dtype).eps) / 2
+                    np.testing.assert_allclose(got.astype(np.float64), want, 1.01 * half, 3e-6)
+                    count += 1
+    return count
 
 
 def main() -> None:
@@ -120,13 +219,17 @@ def main() -> None:
         p = problem(lengths, **options, poison=0)
         causal = "s_q" in options
         for invariant in (False, True):
-            assert_close(run(device, library, p, causal, invariant), attend(p, causal=causal))
+            got = run(device, library, p, causal, invariant)
+            assert_close(got, attend(p, causal=causal))
+            if not causal and p.k_cache.shape[2:] == (1, 576):
+                assert_same_bits(run(device, library, p, causal, invariant, in_parts=True), got)
     garbage = np.random.default_rng(0).integers(-(2**31), 2**31, (7, 34)).astype(np.int32)
     p = problem([300] * 7, h_q=16, width=33)
     p = Problem(p.q, p.k_cache, garbage[:, :33].copy(), garbage[:, 33].copy())
     for invariant in (False, True):
         run(device, library, p, False, invariant)
-    print(len(cases), "cases agree with the oracle")
+    appends = check_append(device, library)
+    print(len(cases), "cases and", appends, "appends agree with the oracle")
 
 
 if __name__ == "__main__":
