@@ -15,6 +15,8 @@ weights warpgroup to the other through shared memory, block by block:
   weights g:  wait free | load | scores | maximum (after that of g - 1) | weights | sum | ready
   output:     wait ready of g | rescale | product with weights g | free
 
+A running maximum stays behind the scores by some slack, so that the output is rarely rescaled.
+
 Blocks are counted over all items of a CTA (`g`): a buffer may hold a block of the next sequence
 while the output of this one is still being written.
 """
@@ -35,6 +37,10 @@ from mla_jax.pallas_schedule import Schedule
 from mla_jax.schedule import BLOCK, TILE
 
 Ref = Any
+
+# By how much scores, as logarithms to base 2, may exceed the running maximum before it follows.
+# Weights are at most 2^8 then, which float16 holds; digits are none the fewer.
+_SLACK = 8.0
 
 
 def _tiled(columns: int, dtype: Any) -> tuple[Any, ...]:
@@ -150,6 +156,36 @@ def decode(
 
 def _row_vector(ref: Ref) -> jax.Array:
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))  # type: ignore[call-arg]
+
+
+def _any_rescales(factor: jax.Array) -> jax.Array:
+    """Says whether a factor of this warp's rows is not 1: warps may get different answers."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, vector
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA.reduce(1),),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=None),
+    )
+    def vote(_: Any, factors: Any) -> Any:
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        one = arith.constant(f32, ir.FloatAttr.get(f32, 1.0))
+        changes = [
+            arith.cmpf(arith.CmpFPredicate.UNE, vector.extract(x, [], [0]), one)
+            for x in factors.registers.flat
+        ]
+        voted = llvm.inline_asm(
+            i32,
+            [arith.extui(i32, functools.reduce(arith.ori, changes))],
+            "{ .reg .pred p, q; setp.ne.s32 p, $1, 0; "
+            "vote.sync.any.pred q, p, 0xffffffff; selp.s32 $0, 1, 0, q; }",
+            "=r,r",
+            has_side_effects=True,
+        )
+        return mgpu.FragmentedArray.splat(voted, (), is_signed=True)
+
+    return vote(factor) != 0
 
 
 def _columns(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -289,16 +325,17 @@ def _decode_body(
             def block_body(i: jax.Array, _: None) -> None:
                 j = first + 2 * i
                 block = item.begin + j
-                # An index the compiler cannot see through: it would hoist the addresses of all
-                # operands out of the loop and spill them.
+                # Indices the compiler cannot see through: it would hoist the addresses of all
+                # operands and barriers out of the loop and spill them.
                 zero = lax.optimization_barrier(jnp.int32(0))
                 here = slot + zero
+                there = 1 - here
                 pages = pages_of(item, block)
                 for h in range(2):
-                    plgpu.barrier_wait(k_free.at[2 * slot + h])
-                    load_block(pages, h * half, half, k_smem.at[here, h], k_full.at[2 * slot + h])
+                    plgpu.barrier_wait(k_free.at[2 * here + h])
+                    load_block(pages, h * half, half, k_smem.at[here, h], k_full.at[2 * here + h])
                 if rope:
-                    load_block(pages, 2 * half, rope, k_rope.at[here], rope_full.at[slot])
+                    load_block(pages, 2 * half, rope, k_rope.at[here], rope_full.at[here])
 
                 @pl.when(i == 0)
                 def wait_for_queries() -> None:
@@ -306,15 +343,15 @@ def _decode_body(
 
                 def scores_of(acc: Ref) -> jax.Array:
                     for h in range(2):
-                        plgpu.barrier_wait(k_full.at[2 * slot + h])
+                        plgpu.barrier_wait(k_full.at[2 * here + h])
                         plgpu.wgmma(acc, q_smem.at[h + zero], k_smem.at[here, h].transpose((1, 0)))
                     if rope:
-                        plgpu.barrier_wait(rope_full.at[slot])
+                        plgpu.barrier_wait(rope_full.at[here])
                         plgpu.wgmma(acc, q_rope.at[zero], k_rope.at[here].transpose((1, 0)))
                     return acc[...]
 
                 scores = pl.run_scoped(scores_of, plgpu.ACC((TILE, BLOCK), jnp.float32))
-                plgpu.barrier_arrive(scored.at[slot])
+                plgpu.barrier_arrive(scored.at[here])
 
                 @pl.when(j + 2 >= item.n)
                 def free_queries() -> None:
@@ -336,39 +373,39 @@ def _decode_body(
                 scores = lax.cond(past < BLOCK + hidden, mask, lambda x: x, scores)
                 top = scores.max(axis=1) * scale_log2
 
-                plgpu.barrier_wait(max_ready.at[other])
-                before = _row_vector(maxima.at[other])
+                plgpu.barrier_wait(max_ready.at[there])
+                before = _row_vector(maxima.at[there])
                 before = jnp.where(jnp.broadcast_to(j == 0, before.shape), -jnp.inf, before)
-                top = jnp.maximum(before, top)
-                maxima[slot] = top
-                plgpu.barrier_arrive(max_ready.at[slot])
+                top = jnp.where(top - before > _SLACK, top, before)
+                maxima[here] = top
+                plgpu.barrier_arrive(max_ready.at[here])
 
                 # Where nothing was seen yet: -inf - -inf would be NaN.
                 top = jnp.where(top == -jnp.inf, 0.0, top)
                 factor = jnp.exp2(before - top)
-                factors[slot] = factor
+                factors[here] = factor
                 weights = jnp.exp2(scores * scale_log2 - _columns(top, scores))
                 # All warps must be done with the RoPE columns that the weights replace.
-                plgpu.barrier_wait(scored.at[slot])
+                plgpu.barrier_wait(scored.at[here])
                 p_smem[here] = weights.astype(q.dtype)
 
                 @pl.when(past < BLOCK)
                 def clear() -> None:
-                    clear_past_end(slot, past)
+                    clear_past_end(here, past)
 
                 plgpu.commit_smem()
-                plgpu.barrier_arrive(p_ready.at[slot])
+                plgpu.barrier_arrive(p_ready.at[here])
 
                 total = weights.sum(axis=1)
-                plgpu.barrier_wait(sum_ready.at[other])
-                before = _row_vector(sums.at[other])
+                plgpu.barrier_wait(sum_ready.at[there])
+                before = _row_vector(sums.at[there])
                 before = jnp.where(jnp.broadcast_to(j == 0, before.shape), 0.0, before)
-                sums[slot] = before * factor + total
-                plgpu.barrier_arrive(sum_ready.at[slot])
+                sums[here] = before * factor + total
+                plgpu.barrier_arrive(sum_ready.at[here])
 
                 @pl.when(j == item.n - 1)
                 def end_item() -> None:
-                    plgpu.barrier_arrive(item_ready.at[slot])
+                    plgpu.barrier_arrive(item_ready.at[here])
 
             mine = lax.div(item.n - first + 1, jnp.int32(2))
             lax.fori_loop(0, mine, block_body, None)
@@ -417,18 +454,25 @@ def _decode_body(
             def block_body(acc: tuple[Ref, ...], j: jax.Array, values: Any) -> Any:
                 slot = lax.rem(g + j, jnp.int32(2))
                 here = slot + lax.optimization_barrier(jnp.int32(0))
-                plgpu.barrier_wait(p_ready.at[slot])
-                factor = _row_vector(factors.at[slot])
+                plgpu.barrier_wait(p_ready.at[here])
+                factor = _row_vector(factors.at[here])
                 if config.interpret is None:
+                    values_so_far = [plgpu.wgmma_accumulator_load(x, wait_n=None) for x in acc]
+                    scaled = lax.cond(
+                        _any_rescales(factor),
+                        lambda values: [x * _columns(factor, x) for x in values],
+                        lambda values: values,
+                        values_so_far,
+                    )
+                    for ref, value in zip(acc, scaled, strict=True):
+                        ref[...] = value
                     for c, ref in enumerate(acc):
-                        value = plgpu.wgmma_accumulator_load(ref, wait_n=None)
-                        ref[...] = value * _columns(factor, value)
                         product(c, here, ref)
                     plgpu.wgmma_wait(0)
                 else:  # the interpreter cannot store to an accumulator
 
                     def fresh(c: int, ref: Ref) -> jax.Array:
-                        product(c, slot, ref)
+                        product(c, here, ref)
                         return ref[...]
 
                     values = [
@@ -439,7 +483,7 @@ def _decode_body(
 
                 @pl.when(j + 1 < item.n)
                 def free_block() -> None:
-                    plgpu.barrier_arrive(k_free.at[2 * slot + h])
+                    plgpu.barrier_arrive(k_free.at[2 * here + h])
 
                 return values
 

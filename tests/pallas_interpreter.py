@@ -55,8 +55,10 @@ CASES = {
     "split": Case([200, 10, 130], {"h_q": 3}, {"num_sms": 6}, nan=(2, 100)),
     # Two tiles of rows; queries that see nothing; page ids outside the pool.
     "causal": Case([100, 2, 1], {"s_q": 2, "h_q": 35}, {"causal": True}, [(0, 1, -1), (1, 0, 99)]),
-    # A schedule from outside.
-    "heads": Case([70, 150], {"h_q": 6, "h_kv": 2, "page_size": 16}, {"given": True}),
+    # A schedule from outside; scores so large that the running maxima must follow them.
+    "heads": Case(
+        [70, 150], {"h_q": 6, "h_kv": 2, "page_size": 16}, {"given": True, "softmax_scale": 0.3}
+    ),
     # Splits of one size; one warpgroup combines a row.
     "invariant": Case(
         [200, 40], {"d_k": 320, "d_v": 256, "page_size": 8}, {"batch_invariant": True, "few": 0}
@@ -67,28 +69,28 @@ CASES = {
 _FREE = """
                 @pl.when(j + 1 < item.n)
                 def free_block() -> None:
-                    plgpu.barrier_arrive(k_free.at[2 * slot + h])
+                    plgpu.barrier_arrive(k_free.at[2 * here + h])
 """
 _FREE_QUERIES = """
                 @pl.when(j + 2 >= item.n)
                 def free_queries() -> None:
                     plgpu.barrier_arrive(q_free)
 """
-_FACTOR = "                factor = _row_vector(factors.at[slot])\n"
+_FACTOR = "                factor = _row_vector(factors.at[here])\n"
 _SCORES = "                scores = pl.run_scoped("
 MISTAKES: dict[str, dict[str, str]] = {
-    "a block is not waited for": {"plgpu.barrier_wait(k_full.at[2 * slot + h])": "pass"},
+    "a block is not waited for": {"plgpu.barrier_wait(k_full.at[2 * here + h])": "pass"},
     "queries are not waited for": {
         "def wait_for_queries() -> None:\n                    plgpu.barrier_wait(q_full)": (
             "def wait_for_queries() -> None:\n                    pass"
         )
     },
-    "weights are not waited for": {"plgpu.barrier_wait(p_ready.at[slot])": "pass"},
+    "weights are not waited for": {"plgpu.barrier_wait(p_ready.at[here])": "pass"},
     "maxima are not waited for": {
-        "plgpu.barrier_wait(max_ready.at[other])\n                before": "before"
+        "plgpu.barrier_wait(max_ready.at[there])\n                before": "before"
     },
     "a buffer is loaded before it is free": {
-        "plgpu.barrier_wait(k_free.at[2 * slot + h])\n                    load": "load"
+        "plgpu.barrier_wait(k_free.at[2 * here + h])\n                    load": "load"
     },
     "a buffer is freed before the product": {_FREE: "", _FACTOR: _FREE + _FACTOR},
     "queries are freed before the scores": {_FREE_QUERIES: "", _SCORES: _FREE_QUERIES + _SCORES},
@@ -154,8 +156,10 @@ def refuse_vectors_past_the_end() -> None:
 
 def run(case: Case) -> None:
     """Runs a case and compares it with the oracle."""
-    options = {"causal": False, "batch_invariant": False, "num_sms": 2} | dict(case.options)
     p = problem(case.lengths, **case.problem)
+    defaults = {"causal": False, "batch_invariant": False, "num_sms": 2}
+    defaults["softmax_scale"] = p.q.shape[-1] ** -0.5
+    options = defaults | dict(case.options)
     for sequence, entry, page in case.bad_pages:
         p.block_table[sequence, entry] = page
     if case.nan is not None:
@@ -173,7 +177,6 @@ def run(case: Case) -> None:
         *p.arrays(),
         *schedule,
         head_dim_v=p.head_dim_v,
-        softmax_scale=p.q.shape[-1] ** -0.5,
         interpret=plgpu.InterpretGPUParams(detect_races=True),
         **options,
     )
@@ -182,7 +185,8 @@ def run(case: Case) -> None:
         assert all(np.isnan(x[sequence].astype(np.float32)).all() for x in got)
         keep = np.arange(len(case.lengths)) != sequence
         got, p = tuple(x[keep] for x in got), p.rows(keep)
-    assert_close(got, attend(p, causal=options["causal"]))
+    expected = attend(p, softmax_scale=options["softmax_scale"], causal=options["causal"])
+    assert_close(got, expected)
     assert not gpu_callbacks.get_races().races_found
 
 
