@@ -29,6 +29,26 @@ _NEW_TOKENS_STEP = 64
 # so that a large one seems not to fit, and to save memory that is not short it computes a product
 # and norms of each layer twice. There is next to nothing to save in these programs.
 COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+# For loops of decode steps besides: the whole loop is one CUDA graph, without a way back to the
+# host, and in it whatever does not need each other runs side by side.
+_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+_STEP_OPTIONS = COMPILER_OPTIONS | {
+    "xla_gpu_enable_command_buffer": _GRAPHS,
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+}
+# And for steps of many tokens: products stay whole, where XLA would join those of one operand and
+# cut all of them into parts along the sum, to be written in float32 and added up. Measured with 128
+# tokens; with one, parts are needed to keep a GPU busy.
+_MANY_TOKENS = 128
+_WHOLE_PRODUCTS = {
+    "xla_gpu_dot_merger_threshold_mb": 0,
+    "xla_gpu_experimental_force_split_k": 1,
+}
+
+
+def step_options(tokens: int) -> dict[str, Any]:
+    """Returns options for XLA to compile a loop of decode steps of so many tokens on a device."""
+    return _STEP_OPTIONS | (_WHOLE_PRODUCTS if tokens >= _MANY_TOKENS else {})
 
 
 @jax.tree_util.register_dataclass
@@ -240,7 +260,7 @@ def _prefill(
     jax.jit,
     static_argnames=("graphdef", "implementation", "mesh"),
     donate_argnames="state",
-    compiler_options=COMPILER_OPTIONS,
+    compiler_options=step_options(1),
 )
 def _decode(
     graphdef: Any,
@@ -273,6 +293,19 @@ def _decode(
         return jax.lax.while_loop(unfinished, body, state)
 
     return _on_shards(mesh, run, PartitionSpec(), _CUT, PartitionSpec())(params, state, limit)
+
+
+_decode_many = jax.jit(
+    _decode.__wrapped__,
+    static_argnames=("graphdef", "implementation", "mesh"),
+    donate_argnames="state",
+    compiler_options=step_options(_MANY_TOKENS),
+)
+
+
+def decode_loop(rows: int) -> Any:
+    """Returns the decode loop, jitted with the options for so many rows on a device."""
+    return _decode_many if rows >= _MANY_TOKENS else _decode
 
 
 def stream(
@@ -393,7 +426,7 @@ def stream(
         if limit >= max_new_tokens or np.all(finished):
             return
         limit = min(limit + every, max_new_tokens)
-        state = _decode(
+        state = decode_loop(b // shards)(
             graphdef,
             params,
             state,

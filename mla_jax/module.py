@@ -209,7 +209,7 @@ class MultiHeadLatentAttention(nnx.Module):
         q_nope, q_pe, cache = self._append(x, cache, layer, implementation)
         w_uk, w_uv = (x.astype(q_nope.dtype) for x in absorbed or self.absorb())
         # The product by heads that lies as the op's kernel takes it: heads, sequences, channels.
-        q_latent = jax.lax.dot_general(q_nope, w_uk, (((3,), (2,)), ((2,), (1,))))
+        q_latent = jax.lax.dot_general(q_nope, w_uk, (((3,), (2,)), ((2,), (0,))))
         q_latent = jnp.moveaxis(q_latent, 0, 2)
         metadata, num_splits = schedule or (None, None)
         out, _ = flash_mla_of_parts(
@@ -224,16 +224,17 @@ class MultiHeadLatentAttention(nnx.Module):
             causal=True,
             implementation=implementation,
         )
-        out = jnp.einsum("bthc,chv->bthv", out.astype(q_nope.dtype), w_uv)
+        out = jnp.einsum("bthc,hcv->bthv", out.astype(q_nope.dtype), w_uv)
         return self._project(out), cache
 
     def absorb(self) -> Absorbed:
-        """Takes `kv_b_proj` apart into W_UK `[c, h, n]` and W_UV `[c, h, v]`, for `decode`.
+        """Takes `kv_b_proj` apart into W_UK `[h, c, n]` and W_UV `[h, c, v]`, for `decode`.
 
-        XLA copies both for its matrix products. Inside a step that is done in each of them; done
+        XLA copies both for its products by heads. Inside a step that is done in each of them; done
         once before a loop of steps, it costs as much memory as `kv_b_proj` itself.
         """
         kernel = self.kv_b_proj.kernel[...].reshape(self.kv_lora_rank, self.num_heads, -1)
+        kernel = kernel.swapaxes(0, 1)
         return kernel[..., : self.qk_nope_head_dim], kernel[..., self.qk_nope_head_dim :]
 
     def prefill(

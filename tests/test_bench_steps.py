@@ -272,7 +272,8 @@ def test_a_large_pool_makes_xla_compute_nothing_twice():
     sizes = {"num_layers": 3, "b": 128, "room": 80000, "d_k": 576, "dtype": BF16}
     cache = jax.eval_shape(lambda: models.filled_cache(**sizes))
     x = jax.ShapeDtypeStruct((128, 1, config.hidden_size), BF16)
-    lowered = step._decode.lower(graphdef, params, x, cache, jnp.int32(0), implementation="xla")
+    arguments = (graphdef, params, x, cache, jnp.int32(0))
+    lowered = step._jitted(128).lower(*arguments, implementation="xla")
     assert "remat" not in lowered.compile().as_text()
 
 

@@ -130,6 +130,20 @@ def test_new_values_compile_nothing(model):
     assert (generation._prefill._cache_size(), generation._decode._cache_size()) == sizes
 
 
+def test_many_rows_take_a_loop_with_options_of_its_own(model, monkeypatch):
+    options = {"max_new_tokens": 20, "page_size": 8}
+    expected = generate(model, PROMPTS, **options)
+    monkeypatch.setattr(generation, "_MANY_TOKENS", len(PROMPTS))
+    loops = (generation._decode, generation._decode_many)
+    sizes = [loop._cache_size() for loop in loops]
+    assert generate(model, PROMPTS, **options) == expected
+    assert [loop._cache_size() for loop in loops] == [sizes[0], sizes[1] + 1]
+    assert generate(model, PROMPTS[:2], **options) == expected[:2]
+    assert [loop._cache_size() for loop in loops] == [sizes[0] + 1, sizes[1] + 1]
+    few, many = generation.step_options(2), generation.step_options(3)
+    assert few.items() < many.items()
+
+
 def test_the_loops_hold_no_copy_of_the_pool(model):
     """The pool is as large as memory allows: prefill and decode must write it in place."""
     seen = {}

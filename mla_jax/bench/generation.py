@@ -26,7 +26,7 @@ from mla_jax.bench.timing import (
 )
 from mla_jax.config import DeepseekConfig
 from mla_jax.decode import check_implementation
-from mla_jax.generate import Sampling, _decode, _State
+from mla_jax.generate import Sampling, _State, decode_loop
 
 Tick = Callable[[str], None]
 
@@ -200,7 +200,8 @@ def run(
 
     def lower(b: int, name: str) -> Any:
         state = jax.eval_shape(lambda: Session(config, b, context, steps, kind).state)
-        return _decode.lower(graphdef, params, state, jnp.int32(0), implementation=name, mesh=None)
+        arguments = (graphdef, params, state, jnp.int32(0))
+        return decode_loop(b).lower(*arguments, implementation=name, mesh=None)
 
     tick("compilation")
     start = time.perf_counter()

@@ -33,7 +33,7 @@ from mla_jax.bench.timing import (
 from mla_jax.cache import PagedKVCache
 from mla_jax.config import DeepseekConfig
 from mla_jax.decode import check_implementation
-from mla_jax.generate import COMPILER_OPTIONS
+from mla_jax.generate import step_options
 from mla_jax.module import MultiHeadLatentAttention
 from mla_jax.schedule import get_mla_metadata
 
@@ -103,12 +103,16 @@ class Stack(nnx.Module):
         )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("graphdef", "implementation"),
-    donate_argnames="cache",
-    compiler_options=COMPILER_OPTIONS,
-)
+def _jitted(b: int) -> Any:
+    """Returns `_decode` to be compiled as `generate` compiles its own steps of `b` tokens."""
+    return jax.jit(
+        _decode,
+        static_argnames=("graphdef", "implementation"),
+        donate_argnames="cache",
+        compiler_options=step_options(b),
+    )
+
+
 def _decode(
     graphdef: Any,
     params: Any,
@@ -247,7 +251,8 @@ def run(
 
     def lower(b: int, name: str) -> Any:
         cache = jax.eval_shape(lambda: new_cache(b))
-        return _decode.lower(graphdef, params, inputs[b], cache, jnp.int32(0), implementation=name)
+        arguments = (graphdef, params, inputs[b], cache, jnp.int32(0))
+        return _jitted(b).lower(*arguments, implementation=name)
 
     tick("compilation")
     start = time.perf_counter()
