@@ -256,13 +256,7 @@ def _prefill(
     return shards(params, state, prompts, lengths)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("graphdef", "implementation", "mesh"),
-    donate_argnames="state",
-    compiler_options=step_options(1),
-)
-def _decode(
+def _decode_until(
     graphdef: Any,
     params: Any,
     state: _State,
@@ -295,11 +289,14 @@ def _decode(
     return _on_shards(mesh, run, PartitionSpec(), _CUT, PartitionSpec())(params, state, limit)
 
 
-_decode_many = jax.jit(
-    _decode.__wrapped__,
-    static_argnames=("graphdef", "implementation", "mesh"),
-    donate_argnames="state",
-    compiler_options=step_options(_MANY_TOKENS),
+_decode, _decode_many = (
+    jax.jit(
+        _decode_until,
+        static_argnames=("graphdef", "implementation", "mesh"),
+        donate_argnames="state",
+        compiler_options=step_options(rows),
+    )
+    for rows in (1, _MANY_TOKENS)
 )
 
 

@@ -166,11 +166,11 @@ def _any_rescales(factor: jax.Array) -> jax.Array:
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WGMMA.reduce(1),),
-        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=None),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=None),  # type: ignore[arg-type]
     )
     def vote(_: Any, factors: Any) -> Any:
         f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-        one = arith.constant(f32, ir.FloatAttr.get(f32, 1.0))
+        one = arith.constant(f32, ir.FloatAttr.get(f32, 1.0))  # type: ignore[arg-type,call-arg]
         changes = [
             arith.cmpf(arith.CmpFPredicate.UNE, vector.extract(x, [], [0]), one)
             for x in factors.registers.flat
@@ -183,7 +183,7 @@ def _any_rescales(factor: jax.Array) -> jax.Array:
             "=r,r",
             has_side_effects=True,
         )
-        return mgpu.FragmentedArray.splat(voted, (), is_signed=True)
+        return mgpu.FragmentedArray.splat(voted, (), is_signed=True)  # type: ignore[arg-type]
 
     return vote(factor) != 0
 
