@@ -331,7 +331,7 @@ def test_command_buffers(flags, name):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
