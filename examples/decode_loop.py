@@ -49,7 +49,7 @@ def prefill(params, tokens, cache):
     return nnx.merge(graphdef, params).step(columns, cache, prefill=True)
 
 
-@partial(jax.jit, donate_argnames="cache")
+@partial(jax.jit, donate_argnames="cache", compiler_options=mla_jax.step_options(SAMPLES))
 def sample(params, logits, cache, key):
     """Forks slot 0 into all others and decodes every one of them; returns `[SAMPLES, n]` tokens."""
     others = jnp.arange(1, SAMPLES)

@@ -11,6 +11,7 @@ from mla_jax.decode import explain as explain
 from mla_jax.decode import flash_mla_with_kvcache as flash_mla_with_kvcache
 from mla_jax.deepseek import DeepseekForCausalLM as DeepseekForCausalLM
 from mla_jax.generate import generate as generate
+from mla_jax.generate import step_options as step_options
 from mla_jax.generate import stream as stream
 from mla_jax.merge import merge_attention_states as merge_attention_states
 from mla_jax.module import MultiHeadLatentAttention as MultiHeadLatentAttention

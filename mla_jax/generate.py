@@ -47,7 +47,15 @@ _WHOLE_PRODUCTS = {
 
 
 def step_options(tokens: int) -> dict[str, Any]:
-    """Returns options for XLA to compile a loop of decode steps of so many tokens on a device."""
+    """Returns what `generate` tells XLA about a loop of decode steps; for loops of one's own, too.
+
+    `jax.jit(loop, compiler_options=mla_jax.step_options(tokens))`, at the outermost `jit`. They are
+    for GPUs, where a step took up to a quarter less time (docs/performance.md); CPUs ignore them.
+
+    Args:
+        tokens: new tokens of a step on one device. From 128 on, products are summed in another
+            order than without these options.
+    """
     return _STEP_OPTIONS | (_WHOLE_PRODUCTS if tokens >= _MANY_TOKENS else {})
 
 
