@@ -151,24 +151,12 @@ def append(
 
 
 def _plain(
-    latents: jax.Array,
-    pages: jax.Array,
-    scale: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    block_table: jax.Array,
-    seqlens: jax.Array,
-    num_new: jax.Array,
-    place: jax.Array,
-    *,
-    pool: Pool,
-    epsilon: float,
-    interleaved: bool,
+    latents: jax.Array, pages: jax.Array, *rest: jax.Array, pool: Pool, **options: Any
 ) -> jax.Array:
-    """The definition; `place` is as for `scatter`, or the layer alone of a whole pool."""
-    x = finish(latents, scale, cos, sin, epsilon=epsilon, interleaved=interleaved)
+    """The definition, of `append`'s operands; the last, `place`, may be a whole pool's layer."""
+    *of_latents, block_table, seqlens, num_new, place = rest
+    x = finish(latents, *of_latents, **options).astype(pages.dtype)
     whole = (place[0], 0, 0) if place.size == 1 else tuple(place)
-    x = x.astype(pages.dtype)
     return scatter(pages, x, block_table, seqlens, num_new, whole, pool=pool)
 
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The mla-jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the op is held to: a float64 oracle, poisoned inputs and the comparisons.
+"""What the op and the append are held to: float64 oracles, poisoned inputs, the comparisons.
 
-The oracle is NumPy and shares no code with the package.
+The oracles are NumPy and share no code with the package.
 """
 
 from collections.abc import Sequence
@@ -152,6 +152,63 @@ def attend(
                 out[i, j, heads] = weights @ keys[:seen, : p.head_dim_v] / total
                 lse[i, heads, j] = (top + np.log(total))[:, 0]
     return out, lse
+
+
+def append(
+    pages: Any,
+    operands: Sequence[Any],
+    block_table: Any,
+    seqlens: Any,
+    num_new: Any,
+    layer: int,
+    num_pages: int,
+    *,
+    interleaved: bool,
+    epsilon: float = 1e-6,
+) -> np.ndarray:
+    """Finishes latents and writes them to their pages in float64, token by token.
+
+    Args:
+        pages: `[num_layers * num_pages, page_size, 1, c + r]`, before.
+        operands: latents `[b, t, c + r]`, scale `[c]`, cos and sin `[b, t, r / 2]`.
+        block_table: `[b, max_pages_per_seq]`; what is none of the layer's `num_pages` is dropped.
+        seqlens: `[b]`, the new tokens included; those past the table's end are dropped.
+        num_new: `[b]`, how many of the last columns count.
+        layer: dropped if the pool has none such.
+        num_pages: of a layer.
+        interleaved: whether rotated pairs are neighbours, or halves of the r channels.
+        epsilon: of the norm.
+    """
+    latents, scale, cos, sin = (np.asarray(x, np.float64) for x in operands)
+    pages, table = np.asarray(pages, np.float64).copy(), np.asarray(block_table)
+    t, c, page_size = latents.shape[1], len(scale), pages.shape[1]
+    if not 0 <= layer < len(pages) // num_pages:
+        return pages
+    for i, (length, new) in enumerate(zip(seqlens, num_new, strict=True)):
+        for j in range(max(t - int(new), 0), t):
+            position = int(length) - t + j
+            if not 0 <= position < table.shape[1] * page_size:
+                continue
+            page = int(table[i, position // page_size])
+            if not 0 <= page < num_pages:
+                continue
+            x = latents[i, j]
+            first, second = (x[c::2], x[c + 1 :: 2]) if interleaved else np.split(x[c:], 2)
+            turned = (first + 1j * second) * (cos[i, j] + 1j * sin[i, j])
+            halves = np.stack([turned.real, turned.imag], axis=-1 if interleaved else 0)
+            normed = x[:c] / np.sqrt(np.mean(x[:c] ** 2) + epsilon) * scale
+            row = pages[layer * num_pages + page]
+            row[position % page_size, 0] = np.concatenate([normed, halves.reshape(-1)])
+    return pages
+
+
+def assert_rounded(got: Any, want: np.ndarray) -> None:
+    """Each number is within half a step of its format, and what was not written kept its bits."""
+    half = float(jnp.finfo(got.dtype).eps) / 2
+    got = np.asarray(got, np.float64)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    error = np.nan_to_num(abs(got - want))
+    assert (error <= half * np.nan_to_num(abs(want)) * 1.01 + 3e-6).all()
 
 
 def assert_as_flashmla(got: tuple[Any, Any], expected: tuple[np.ndarray, np.ndarray]) -> None:

@@ -24,40 +24,42 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax.numpy as jnp
 import numpy as np
-from reference import Problem, assert_close, assert_same_bits, attend, problem
+import reference
+from reference import Problem, assert_close, assert_rounded, assert_same_bits, attend, problem
 
-_POINTERS = "q q_pe k_cache block_table cache_seqlens out lse workspace counters".split()
-_SIZES = "b s_q h_q h_kv d_k d_v num_pages page_size max_pages_per_seq".split()
-_APPEND_POINTERS = "pages latents scale cos sin block_table seqlens num_new place".split()
-_APPEND_SIZES = (
-    "b t c r num_rows num_slots num_layers num_pages page_size max_pages_per_seq".split()
-)
+
+def _fields(pointers: str, sizes: str, **others: Any) -> list[tuple[str, Any]]:
+    return [
+        *((name, ctypes.c_void_p) for name in pointers.split()),
+        *((name, ctypes.c_int32) for name in sizes.split()),
+        *others.items(),
+    ]
 
 
 class Params(ctypes.Structure):
     """MlaDecodeParams of xla_ffi/mla.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int32) for name in _SIZES),
-        ("softmax_scale", ctypes.c_float),
-        ("causal", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-        ("batch_invariant", ctypes.c_int32),
-    ]
+    _fields_ = _fields(
+        "q q_pe k_cache block_table cache_seqlens out lse workspace counters",
+        "b s_q h_q h_kv d_k d_v num_pages page_size max_pages_per_seq",
+        softmax_scale=ctypes.c_float,
+        causal=ctypes.c_int32,
+        dtype=ctypes.c_int32,
+        batch_invariant=ctypes.c_int32,
+    )
 
 
 class AppendParams(ctypes.Structure):
     """MlaAppendParams of xla_ffi/mla.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _APPEND_POINTERS),
-        *((name, ctypes.c_int32) for name in _APPEND_SIZES),
-        ("epsilon", ctypes.c_float),
-        ("interleaved", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-        ("scale_dtype", ctypes.c_int32),
-    ]
+    _fields_ = _fields(
+        "pages latents scale cos sin block_table seqlens num_new place",
+        "b t c r num_rows num_slots num_layers num_pages page_size max_pages_per_seq",
+        epsilon=ctypes.c_float,
+        interleaved=ctypes.c_int32,
+        dtype=ctypes.c_int32,
+        scale_dtype=ctypes.c_int32,
+    )
 
 
 class Device:
@@ -150,28 +152,12 @@ def append(
     latents = rng.standard_normal((b, t, c + r)).astype(dtype)
     scale = rng.standard_normal(c).astype(scale_dtype)
     angle = rng.uniform(-3, 3, (b, t, r // 2))
-    pages = np.ones((num_layers * num_pages, page_size, c + r), dtype)
-
-    want = pages.astype(np.float64)
-    table, lengths, counts, (layer, *_) = integers
-    for i in range(b):
-        for j in range(t):
-            position = int(lengths[i]) - t + j
-            if j < t - int(counts[i]) or not 0 <= position < table.shape[1] * page_size:
-                continue
-            page = int(table[i, position // page_size])
-            if not 0 <= page < num_pages or not 0 <= layer < num_layers:
-                continue
-            x = latents[i, j].astype(np.float64)
-            normed = x[:c] / np.sqrt(np.mean(x[:c] ** 2) + 1e-6) * scale.astype(np.float64)
-            even, odd = (x[c::2], x[c + 1 :: 2]) if interleaved else np.split(x[c:], 2)
-            turned = (even + 1j * odd) * np.exp(1j * angle[i, j])
-            turned = np.stack([turned.real, turned.imag], axis=-1 if interleaved else 0)
-            want[layer * num_pages + page, position % page_size] = [*normed, *turned.ravel()]
-
-    floats = [np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)]
-    arrays = [device.put(x) for x in (pages, latents, scale, *floats, *integers)]
-    sizes = (b, t, c, r, *pages.shape[:2], num_layers, num_pages, page_size, table.shape[1])
+    operands = (latents, scale, np.cos(angle).astype("f4"), np.sin(angle).astype("f4"))
+    pages = np.ones((num_layers * num_pages, page_size, 1, c + r), dtype)
+    *tokens, (layer, *_) = integers
+    want = reference.append(pages, operands, *tokens, layer, num_pages, interleaved=interleaved)
+    arrays = [device.put(x) for x in (pages, *operands, *integers)]
+    sizes = (b, t, c, r, *pages.shape[:2], num_layers, num_pages, page_size, tokens[0].shape[1])
     code = {"bfloat16": 0, "float16": 1, "float32": 2}
     kinds = (code[pages.dtype.name], code[scale.dtype.name])
     params = AppendParams(*arrays, *sizes, 1e-6, interleaved, *kinds)
@@ -196,8 +182,7 @@ def check_append(device: Device, library: ctypes.CDLL) -> int:
                 for interleaved in (False, True):
                     values = [np.asarray(x, np.int32) for x in integers]
                     got, want = append(device, library, dtype, scale_dtype, interleaved, values)
-                    half = float(jnp.finfo(dtype).eps) / 2
-                    np.testing.assert_allclose(got.astype(np.float64), want, 1.01 * half, 3e-6)
+                    assert_rounded(got, want)
                     count += 1
     return count
 

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from hlo import IN_PLACE, pool_sized
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from meshes import collectives, mesh, on_gpu, put
+from reference import assert_rounded
 from shapes import floats, ints, shaped
 
 from mla_jax import PagedKVCache, ffi
@@ -56,33 +58,10 @@ def drawn(dtype="bfloat16", t=5, scale_dtype="float32"):
 
 
 def expected(cache, layer, operands, interleaved):
-    """The pages in float64, token by token."""
-    latents, scale, cos, sin = (np.asarray(x, np.float64) for x in operands)
-    pages, table = np.asarray(cache.pages, np.float64), np.asarray(cache.block_table)
-    t = latents.shape[1]
-    for i, (length, new) in enumerate(zip(cache.seqlens, cache.num_new, strict=True)):
-        for j in range(t - int(new), t):
-            position = int(length) - t + j
-            page = table[i, position // SIZE]
-            if not 0 <= page < PAGES:
-                continue
-            x = latents[i, j]
-            first, second = (x[C::2], x[C + 1 :: 2]) if interleaved else np.split(x[C:], 2)
-            turned = (first + 1j * second) * (cos[i, j] + 1j * sin[i, j])
-            halves = np.stack([turned.real, turned.imag], axis=-1 if interleaved else 0)
-            normed = x[:C] / np.sqrt(np.mean(x[:C] ** 2) + EPSILON) * scale
-            row = layer * PAGES + page
-            pages[row, position % SIZE, 0] = np.concatenate([normed, halves.reshape(-1)])
-    return pages
-
-
-def assert_rounded(got, want):
-    """Each number is within half a step of its format, and what was not written kept its bits."""
-    half = float(jnp.finfo(got.dtype).eps) / 2
-    got = np.asarray(got, np.float64)
-    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
-    error = np.nan_to_num(abs(got - want))
-    assert (error <= half * np.nan_to_num(abs(want)) * 1.01 + 3e-6).all()
+    """The pages in float64."""
+    tokens = (cache.block_table, cache.seqlens, cache.num_new)
+    options = {"interleaved": interleaved, "epsilon": EPSILON}
+    return reference.append(cache.pages, operands, *tokens, layer, PAGES, **options)
 
 
 def append(cache, layer, operands, **options):
