@@ -487,8 +487,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     const int max_tokens = args.max_pages_per_seq * args.page_size;
     if (args.fixed_pieces > 0) {
-      shared.part = fixed_part(args.seqlens, args.b, max_tokens,
-                               args.grids[0].groups.floor(blockIdx.x), args.fixed_pieces);
+      if (threadIdx.x % 32 == 0) {
+        shared.part = fixed_part(args.seqlens, args.b, max_tokens,
+                                 args.grids[0].groups.floor(blockIdx.x), args.fixed_pieces);
+      }
     } else {
       find_part(args.seqlens, args.b, max_tokens, blockIdx.x, args.grids, &shared.part);
     }
