@@ -254,6 +254,7 @@ struct Decode {
   template <int kBuffer>
   __device__ __forceinline__ static void follow(Shared& shared, const Rows& rows, RowPair& max,
                                                 RowPair& sum, RowPair& factor) {
+    if (ptx::kRacecheck && kBuffer == 0) ptx::named_barrier_sync(kWarpgroup + 1, 128);
     ptx::named_barrier_sync(kBuffer == 0 ? kEvenWeightsReady : kOddWeightsReady, kConsumerThreads);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -503,6 +504,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (threadIdx.x == 0) init_mbarriers(shared);
       __syncwarp();
       ptx::named_barrier_arrive(kMbarriersReady, 64);
+    } else if (ptx::kRacecheck) {
+      ptx::named_barrier_sync(kOthers, kThreads - 64);
     }
     const int64_t entry = int64_t{threadIdx.x} * 32;
     const int64_t entries = int64_t{args.b} * args.max_pages_per_seq;

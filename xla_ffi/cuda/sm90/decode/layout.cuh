@@ -153,6 +153,7 @@ enum NamedBarrier : int {
   kWarpgroup = 4,  // and 5: one warpgroup
   kStart = 6,      // the part is known
   kMbarriersReady = 7,
+  kOthers = 8,  // those whom kMbarriersReady does not concern; for racecheck
 };
 
 }  // namespace mla
