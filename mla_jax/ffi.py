@@ -26,8 +26,8 @@ _DECODE, _APPEND = "mla_jax_decode", "mla_jax_append"
 PLATFORMS = ("cpu", "cuda")
 # Rows of q from which the CUDA kernel takes it in parts: putting it together costs a memory's pass,
 # not doing so a kernel more where few rows make that the shorter. (On an H100 12.3 and 2.5 us for
-# 16384 rows; a layer of a step takes 2 us less in parts with 2048.)
-_ROWS_IN_PARTS = 2048
+# 16384 rows; a layer of a step takes 1 to 2 us less in parts with 256 to 2048, no less with 128.)
+_ROWS_IN_PARTS = 256
 _COMPILER = {"cpu": "C++", "cuda": "CUDA"}
 
 

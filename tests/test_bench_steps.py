@@ -218,7 +218,8 @@ def test_a_trace_is_summed_by_kernel():
         *(("decode<1, 2>", 1, 7, 8.0), ("cuGraphLaunch", 2, 8, 3.0), ("other", 2, 8, 9.0)),
     ):
         events.append({"ph": "X", "name": name, "pid": pid, "tid": tid, "dur": us})
-    events[-3]["args"] = events[-1]["args"] = {"cuda_graph_id": "7"}
+    # A loop in a graph: its nodes do not say which.
+    events[-3]["args"] = events[-1]["args"] = {"cuda_graph_node_id": "7"}
     kernels = [("decode<1, 2>", 1, 8.0), ("gemm_fusion_dot", 2, 7.0)]
     assert profile.summary(events) == profile.Profile(15.0, 8 / 15, kernels)
     assert profile.summary([]) == profile.Profile(0.0, 0.0, [])

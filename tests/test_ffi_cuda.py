@@ -79,7 +79,7 @@ def test_heads_of_one_kv_head_are_brought_together():
     assert "tensor<2x1x3x2x576xbf16>) -> tensor<2x1x2x3x576xbf16>" in text
 
 
-@pytest.mark.parametrize("b", [16, 15])  # rows enough to be worth it, and one sequence less
+@pytest.mark.parametrize("b", [2, 1])  # rows enough to be worth it, and one sequence less
 def test_queries_in_parts_are_not_put_together(b):
     """Where the parts come from elsewhere; XLA drops a concatenation that only slices read."""
     shapes = (shaped(b, 1, 128, 512), shaped(b, 1, 128, 64), *inputs()[1:2], ints(b, 3), ints(b))
@@ -89,8 +89,8 @@ def test_queries_in_parts_are_not_put_together(b):
 
     (call,) = [line for line in lower(step, *shapes).splitlines() if "custom_call" in line]
     operands = re.search(r" : \((.*)\) -> ", call)[1].split(", ")
-    assert len(operands) == (5 if b == 16 else 4)
-    assert operands[0] == ("tensor<128x16x512xbf16>" if b == 16 else "tensor<15x1x128x576xbf16>")
+    assert len(operands) == (5 if b == 2 else 4)
+    assert operands[0] == ("tensor<128x2x512xbf16>" if b == 2 else "tensor<1x1x128x576xbf16>")
 
 
 def test_one_program_for_both_platforms():

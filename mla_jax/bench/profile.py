@@ -67,7 +67,8 @@ def summary(events: list[dict[str, Any]]) -> Profile:
             entry = kernels[re.sub(r"(_|\.)\d+\b", "", event["name"])]
             entry[0] += 1
             entry[1] += event["dur"]
-            in_graphs += event["dur"] if "cuda_graph_id" in event.get("args", {}) else 0
+            # The nodes inside a loop of a graph name no graph.
+            in_graphs += event["dur"] if "cuda_graph_node_id" in event.get("args", {}) else 0
     rows = [(name, int(count), us) for name, (count, us) in kernels.items()]
     total = sum(us for *_, us in rows)
     rows.sort(key=lambda row: -row[2])

@@ -79,6 +79,9 @@ struct Combination {
   }
 };
 
+// The most units of a tile.
+inline constexpr int kMostUnits = kTileRows / 16 << kRowGroupShift<float>;
+
 // Pieces that a warp adds at a time: their latencies pass together.
 inline constexpr int kBatch = 4;
 
@@ -254,10 +257,11 @@ __device__ __forceinline__ void take_units(Combination& c, bool half, int share,
   c.units = min(most, all - c.first_unit);
 }
 
-// Waits for all pieces and combines this part's share; called by all consumers.
+// Waits for all pieces and combines this part's share; called by all consumers. A rehearsal waits
+// for nothing and writes nothing.
 template <typename T>
 __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& place, int seq,
-                                        const Split& split, void* scratch) {
+                                        const Split& split, void* scratch, bool rehearses) {
   const int rows = place.end_row - place.first_row, cta = place.peer(split.first_part);
   Combination c = {args,
                    *static_cast<CombineScratch*>(scratch),
@@ -272,7 +276,8 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& pla
   const bool half = is_half(args, rows);
   take_units(c, half, split.share, split.helpers);
   if (c.units <= 0) return;
-  if (threadIdx.x == 0) {
+  if (rehearses) c.rows = 0;
+  if (threadIdx.x == 0 && !rehearses) {
     while (ptx::acquire_load(args.counters + cta) < static_cast<uint32_t>(split.pieces)) {
     }
   }

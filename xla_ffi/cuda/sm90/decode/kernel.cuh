@@ -393,8 +393,9 @@ struct Decode {
     uint32_t uses = 0;  // of this warpgroup's block buffer
     const Part& part = shared.part;
     const bool fixed = args.fixed_pieces > 0;
+    const Rehearsal rehearsal = rehearsal_of(args, part);
     Split split = {};  // of the item at hand
-    for_each_item(args, part, [&](const Item& item) {
+    const auto body = [&](const Item& item) {
       const Rows rows = rows_of(args, place, item);
       RowPair max = {kNegativeInfinity, kNegativeInfinity}, sum = {0.f, 0.f};
       float output[128];
@@ -420,18 +421,20 @@ struct Decode {
       }
 
       split.helpers = 0;
-      if (item.whole) {
+      if (item.whole && rehearsal == Rehearsal::kNone) {
         store_output(args, place, item, rows, half, output, max, sum);
         return;
       }
-      const int slot = fixed ? blockIdx.x : partial_slot(blockIdx.x, item.begin == 0);
+      const bool first = item.begin == 0 || rehearsal != Rehearsal::kNone;
+      const int slot = fixed ? blockIdx.x : partial_slot(blockIdx.x, first);
       const int tile_rows = place.end_row - place.first_row;
       if (is_half(args, tile_rows)) {
         store_partial<__half>(args, slot, half, tile_rows, output, max, sum);
       } else {
         store_partial<float>(args, slot, half, tile_rows, output, max, sum);
       }
-      if (fixed) return;  // another kernel combines
+      // Another kernel combines, or nobody.
+      if (fixed || rehearsal != Rehearsal::kNone) return;
 
       ptx::mbarrier_wait(&shared.counters_clear, 0);
       const Pieces& pieces = shared.pieces;
@@ -441,18 +444,28 @@ struct Decode {
       split.helpers = part.one_sequence ? split.pieces + pieces.helpers : split.pieces - 1;
       split.share = place.part - split.first_part;
       announce_partial(args.counters + place.peer(split.first_part));
-    });
-    if (part.helper >= 0) {
-      ptx::mbarrier_wait(&shared.counters_clear, 0);
-      const Pieces& pieces = shared.pieces;
-      split.first_part = pieces.end_seq_first;
-      split.pieces = pieces.end_seq_last - pieces.end_seq_first + 1;
-      split.helpers = split.pieces > 1 ? split.pieces + pieces.helpers : 0;
-      split.share = split.pieces + part.helper;
-    }
-    // Whoever goes on to another sequence holds nobody up: only the last item is waited for.
-    if (split.share < split.helpers) {
-      combine<T>(args, place, part.end_seq, split, shared.query);
+    };
+    for_each_item(args, part, body, rehearsal);
+
+    // A tile's most units among as many shares: one unit, whose warps have to meet.
+    bool rehearses = rehearsal > Rehearsal::kBlock;
+    if (rehearses) split = {place.part, rehearsal == Rehearsal::kResult, kMostUnits, 0};
+#pragma unroll 1
+    for (;; rehearses = false) {
+      if (!rehearses && part.helper >= 0) {
+        ptx::mbarrier_wait(&shared.counters_clear, 0);
+        const Pieces& pieces = shared.pieces;
+        split.first_part = pieces.end_seq_first;
+        split.pieces = pieces.end_seq_last - pieces.end_seq_first + 1;
+        split.helpers = split.pieces > 1 ? split.pieces + pieces.helpers : 0;
+        split.share = split.pieces + part.helper;
+      }
+      // Whoever goes on to another sequence holds nobody up: only the last item is waited for.
+      if (split.share < split.helpers) {
+        combine<T>(args, place, part.end_seq, split, shared.query, rehearses);
+      }
+      if (!rehearses) break;
+      split.helpers = 0;
     }
   }
 };
@@ -530,6 +543,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else if (threadIdx.x == 320 && args.cooperative) {
       shared.pieces = find_pieces(shared.part, args.grids[shared.part.height].parts.value, args.b);
       clear_counters(args, &shared.counters_clear);
+    } else if (threadIdx.x == 352 && rehearsal_of(args, shared.part) == Rehearsal::kBlock) {
+      // Whatever is there is the block.
+      ptx::mbarrier_arrive(&shared.query_full);
+      for (uint64_t& full : shared.cache_full[0]) ptx::mbarrier_arrive(&full);
     }
     __syncwarp();
   } else {

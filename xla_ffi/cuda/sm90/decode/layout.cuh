@@ -110,18 +110,37 @@ struct Item {
   int parity;      // of the item's number within the CTA
 };
 
-// Calls body(item) for each item of the part, in order.
+// What a CTA without work does: a rehearsal of what others will do. By the time that a kernel of
+// the model's next layer starts, weights have pushed its code out of L2, and each miss is a
+// thousand cycles. Who has nothing to wait for gets to the code before the others, so that they
+// find it in L2. Nothing of a rehearsal is used.
+enum class Rehearsal {
+  kNone,
+  kBlock,    // a block past the end of all sequences, and what follows it in an item
+  kResult,   // a partial result of no blocks, and its combination
+  kCombine,  // a combination of no pieces
+};
+__device__ __forceinline__ Rehearsal rehearsal_of(const DecodeArgs& args, const Part& part) {
+  if (!args.cooperative || part.begin_seq <= part.end_seq) return Rehearsal::kNone;
+  return static_cast<Rehearsal>(1 + blockIdx.x % 3);
+}
+
+// Calls body(item) for each item of the part, in order, or for the one of a rehearsal.
 template <typename Body>
-__device__ __forceinline__ void for_each_item(const DecodeArgs& args, const Part& part,
-                                              Body&& body) {
+__device__ __forceinline__ void for_each_item(const DecodeArgs& args, const Part& part, Body&& body,
+                                              Rehearsal rehearsal = Rehearsal::kNone) {
   const int max_tokens = args.max_pages_per_seq * args.page_size;
+  const bool one = rehearsal == Rehearsal::kBlock || rehearsal == Rehearsal::kResult;
+  const int end_seq = one ? part.begin_seq : part.end_seq;
   int parity = 0;
-  for (int seq = part.begin_seq; seq <= part.end_seq; ++seq, parity ^= 1) {
+  for (int seq = part.begin_seq; seq <= end_seq; ++seq, parity ^= 1) {
     const int tokens =
         seq == part.begin_seq ? part.begin_tokens : sequence_tokens(args.seqlens, seq, max_tokens);
     const int blocks = sequence_blocks(tokens);
     const int begin = seq == part.begin_seq ? part.begin_block : 0;
-    const int end = seq == part.end_seq ? part.end_block : blocks;
+    const int end = one                   ? begin + (rehearsal == Rehearsal::kBlock)
+                    : seq == part.end_seq ? part.end_block
+                                          : blocks;
     body(Item{seq, tokens, begin, end, begin == 0 && end == blocks, parity});
   }
 }
