@@ -2,17 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Small calls of every template of the CUDA kernels, for compute-sanitizer; needs nvcc and a GPU.
 
-    for tool in memcheck racecheck initcheck synccheck; do
+    for tool in memcheck initcheck synccheck; do
         compute-sanitizer --tool $tool --error-exitcode 1 python tests/sanitizer.py LIBRARY
     done
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitizer.py RACECHECK_LIBRARY
 
 LIBRARY is the kernels alone, without XLA:
 
     nvcc -O3 -std=c++17 -arch=sm_90a -shared -Xcompiler -fPIC -o LIBRARY \
         xla_ffi/cuda/sm90/decode/launch.cu xla_ffi/cuda/sm90/append.cu
 
-racecheck reports what named barriers order in this kernel, above all the maxima that one warpgroup
-hands to the other. docs/performance.md says why they are no races, and what is open.
+RACECHECK_LIBRARY is the same with -DMLA_JAX_RACECHECK: racecheck does not follow `bar.arrive`, nor
+barriers that some warps pass more often than others (xla_ffi/cuda/sm90/ptx.cuh).
 """
 
 import ctypes
