@@ -5,14 +5,14 @@ r"""Small calls of every template of the CUDA kernels, for compute-sanitizer; ne
     for tool in memcheck initcheck synccheck; do
         compute-sanitizer --tool $tool --error-exitcode 1 python tests/sanitizer.py LIBRARY
     done
-    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitizer.py RACECHECK_LIBRARY
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitizer.py RACECHECK
 
 LIBRARY is the kernels alone, without XLA:
 
     nvcc -O3 -std=c++17 -arch=sm_90a -shared -Xcompiler -fPIC -o LIBRARY \
         xla_ffi/cuda/sm90/decode/launch.cu xla_ffi/cuda/sm90/append.cu
 
-RACECHECK_LIBRARY is the same with -DMLA_JAX_RACECHECK: racecheck does not follow `bar.arrive`, nor
+RACECHECK is the same with -DMLA_JAX_RACECHECK: racecheck does not follow `bar.arrive`, nor
 barriers that some warps pass more often than others (xla_ffi/cuda/sm90/ptx.cuh).
 """
 
