@@ -4,8 +4,12 @@
 
 import importlib.metadata
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import checkpoints
 import jax
@@ -14,12 +18,15 @@ import pytest
 from tokenizers import Tokenizer
 
 import mla_jax
+from mla_jax import pallas
 from mla_jax.cli import TINY, main
 
 # The first that can run here, and why those before it cannot.
 _SHAPES = [jax.ShapeDtypeStruct((1, n, 1, 576), "bfloat16") for n in (1, 64)]
 _FOUND = mla_jax.explain(*_SHAPES, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), 512)
 IMPLEMENTATION, NOT = _FOUND.implementation, _FOUND.reasons
+_INPUTS = {"q": _SHAPES[0], "k_cache": _SHAPES[1], "block_table": jnp.zeros((1, 1), jnp.int32)}
+_INPUTS |= {"head_dim_v": 512, "platform": "cuda"}
 
 
 @pytest.fixture
@@ -116,6 +123,29 @@ def test_info(capsys):
     assert info["implementation"] == IMPLEMENTATION
     assert info["not"] == NOT
     assert info["devices"]
+
+
+def test_an_install_of_python_alone(tmp_path):
+    """What no compiler took part in takes `pallas` on a Hopper GPU by itself; `info` says why."""
+    without = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(Path(mla_jax.__file__).parent, tmp_path / "mla_jax", ignore=without)
+    code = """
+import mla_jax
+from mla_jax.cli import main
+from reference import assert_close, attend, problem
+
+main(["info", "--json"])
+p = problem([100, 0, 37], h_q=16)
+assert_close(mla_jax.flash_mla_with_kvcache(*p.arrays(), 512), attend(p))
+"""
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parent}"}
+    command = [sys.executable, "-P", "-c", code]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    info = json.loads(run.stdout)
+    on_hopper = jax.default_backend() == "gpu" and pallas.unsupported_reason(**_INPUTS) is None
+    assert info["implementation"] == ("pallas" if on_hopper else "xla")
+    assert "is not installed: pip found no" in info["not"]["ffi"]
 
 
 @pytest.mark.parametrize(
