@@ -29,6 +29,9 @@ import reference
 from reference import Problem, assert_close, assert_rounded, assert_same_bits, attend, problem
 
 
+MARGIN = 1 << 20  # bytes
+
+
 def _fields(pointers: str, sizes: str, **others: Any) -> list[tuple[str, Any]]:
     return [
         *((name, ctypes.c_void_p) for name in pointers.split()),
@@ -120,14 +123,21 @@ def run(
         arrays[0], q_pe, *arrays[1:], *[None] * 4, *sizes, d_k**-0.5, causal, dtype, invariant
     )
     workspace = library.mla_sm90_decode_workspace_bytes(ctypes.byref(params), 132)
-    results = [device.allocate(n) for n in (out.nbytes, lse.nbytes, workspace, 4 * 264)]
-    params.out, params.lse, params.workspace, params.counters = results
+    # Not all writes outside a result leave its allocation: there is more around it, to be left alone.
+    memory = [np.full(x.nbytes + 2 * MARGIN, 0xA5, np.uint8) for x in (out, lse)]
+    results = [device.put(x) for x in memory]
+    rest = [device.allocate(n) for n in (workspace, 4 * 264)]
+    params.out, params.lse = (x.value + MARGIN for x in results)
+    params.workspace, params.counters = rest
     if error := library.mla_sm90_decode(ctypes.byref(params), None):
         sys.exit(f"launch: CUDA error {error}")
-    got = device.get(results[0], out), device.get(results[1], lse)
-    for pointer in (*arrays, *results, *([q_pe] if in_parts else [])):
+    for pointer, whole, result in zip(results, memory, (out, lse), strict=True):
+        before, inside, after = np.split(device.get(pointer, whole), [MARGIN, -MARGIN])
+        assert (before == 0xA5).all() and (after == 0xA5).all(), "written outside a result"
+        result[...] = inside.view(result.dtype).reshape(result.shape)
+    for pointer in (*arrays, *results, *rest, *([q_pe] if in_parts else [])):
         device.call("cuMemFree_v2", pointer)
-    return got
+    return out, lse
 
 
 def append(
