@@ -1,0 +1,197 @@
+# Copyright 2026 The mla-jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The schedule inside the CUDA kernel, compiled for the host: one warp as 32 contexts (tests/warp).
+
+Each CTA finds its part by itself, and waits for what it believes the others to have: all must find
+the same.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+BLOCK = 64
+HEIGHTS = (64, 32, 16)
+MOST_PARTS = 132
+SOURCES = Path(__file__).parent / "warp"
+COMPILER = os.environ.get("CXX") or shutil.which("c++")
+
+PART = np.dtype(
+    [
+        *((name, "i4") for name in "height begin_seq begin_block end_seq end_block".split()),
+        *(("begin_tokens", "i4"), ("one_sequence", "?")),
+        *((name, "i4") for name in "size begin_seq_at end_seq_at end_seq_last_at".split()),
+        *(("line_end", "i4"), ("helper", "i4")),
+    ],
+    align=True,
+)
+PIECES = np.dtype([(name, "i4") for name in "begin_first end_first end_last helpers".split()])
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    path = tmp_path_factory.mktemp("schedule") / "schedule.so"
+    options = ["-std=c++20", "-O1", "-shared", "-fPIC", f"-I{SOURCES}"]
+    subprocess.run([COMPILER, *options, "-o", path, SOURCES / "schedule.cc"], check=True)
+    return ctypes.CDLL(str(path))
+
+
+def ints(values) -> ctypes.Array:
+    return (ctypes.c_int32 * len(values))(*values)
+
+
+def blocks_of(lengths, max_tokens):
+    """Tokens and blocks that count; a sequence without tokens has a block, to be written."""
+    tokens = np.clip(lengths, 0, max_tokens)
+    return tokens.tolist(), np.maximum(-(-tokens // BLOCK), 1).tolist()
+
+
+def find(library, lengths, rows, h_kv, sms, max_tokens, error):
+    """Returns the parts that the CTAs of one group find, and what each knows of the others."""
+    groups = [-(-rows // height) * h_kv for height in HEIGHTS]
+    ctas = max(min(sms, MOST_PARTS), groups[0])
+    for i in (1, 2):
+        groups[i] = groups[i] if groups[i] <= ctas else groups[i - 1]
+    parts, pieces = np.zeros(ctas, PART), np.zeros(ctas, PIECES)
+    counts = [ctas // n for n in groups]
+    b, out = len(lengths), (ctypes.c_void_p(x.ctypes.data) for x in (parts, pieces))
+    library.find_parts(ints(lengths), b, max_tokens, ints(groups), ints(counts), ctas, error, *out)
+    (height,) = set(parts["height"].tolist())
+    num, count = counts[height], groups[height]
+    # CTAs that go through the same blocks agree; those that are left over have nothing.
+    used, left = parts[: num * count].reshape(num, count), parts[num * count :]
+    assert (used == used[:, :1]).all()
+    assert (left["end_seq"] < left["begin_seq"]).all()
+    assert (left["helper"] < 0).all()
+    return used[:, 0], pieces[: num * count : count]
+
+
+def check(library, lengths, *, rows=16, h_kv=1, sms=132, max_tokens=1 << 20, error=0):
+    """Asserts what the CTAs rely on; returns the blocks of each part."""
+    parts, pieces = find(library, lengths, rows, h_kv, sms, max_tokens, error)
+    tokens, blocks = blocks_of(lengths, max_tokens)
+
+    done, holders, works = [0] * len(lengths), [[] for _ in lengths], []
+    for k, part in enumerate(parts):
+        items = range(part["begin_seq"], part["end_seq"] + 1)
+        assert not part["one_sequence"] or len(items) <= 1
+        assert not items or part["begin_tokens"] == tokens[part["begin_seq"]]
+        work = 0
+        for seq in items:
+            begin = part["begin_block"] if seq == part["begin_seq"] else 0
+            end = part["end_block"] if seq == part["end_seq"] else blocks[seq]
+            assert begin == done[seq] < end <= blocks[seq]  # each block once, in order
+            done[seq], work = end, work + end - begin
+            holders[seq].append(k)
+        assert work <= part["size"]
+        works.append(work)
+    assert done == blocks
+
+    # Who combines a split sequence: those for whom it is the last, and parts without work.
+    shares, helpers = [[] for _ in lengths], [set() for _ in lengths]
+    for k, (part, known) in enumerate(zip(parts, pieces, strict=True)):
+        items = range(part["begin_seq"], part["end_seq"] + 1)
+        for seq in {*items[:1], *items[-1:]}:
+            if len(holders[seq]) == 1:
+                continue
+            last = seq == part["end_seq"]
+            first = known["end_first"] if last else known["begin_first"]
+            count = (known["end_last"] if last else k) - first + 1
+            assert (first, count) == (holders[seq][0], len(holders[seq]))
+            assert holders[seq] == list(range(first, first + count))
+            if last:
+                helpers[seq].add(count + known["helpers"] if part["one_sequence"] else count - 1)
+                shares[seq].append(k - first)
+        if part["helper"] >= 0:
+            assert not items
+            seq = part["end_seq"]
+            count = known["end_last"] - known["end_first"] + 1
+            assert (known["end_first"], count) == (holders[seq][0], len(holders[seq]))
+            if count > 1:
+                helpers[seq].add(count + known["helpers"])
+                shares[seq].append(count + part["helper"])
+    for seq, holding in enumerate(holders):
+        if len(holding) > 1:
+            (number,) = helpers[seq]
+            wanted = {share for share in shares[seq] if share < number}
+            assert wanted == set(range(number))
+            assert len(shares[seq]) == len(set(shares[seq]))
+    return works
+
+
+COMMON = {
+    "rows": st.sampled_from([1, 16, 64, 100, 128, 256, 1024]),
+    "h_kv": st.integers(1, 3),
+    "sms": st.sampled_from([1, 2, 7, 78, 114, 132]),
+    "error": st.integers(-1, 1),
+}
+LENGTH = st.one_of(
+    st.integers(0, 300), st.integers(0, 70000), st.sampled_from([0, 64, 1024, 4096, 65536])
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(lengths=st.lists(LENGTH, min_size=1, max_size=40), **COMMON)
+def test_any_lengths(library, lengths, **options):
+    check(library, lengths, **options)
+
+
+@settings(max_examples=200, deadline=None)
+@given(length=LENGTH, b=st.integers(1, 160), **COMMON)
+def test_equal_lengths(library, length, b, **options):
+    check(library, [length] * b, **options)
+
+
+@pytest.mark.parametrize("h_q", [16, 128])
+@pytest.mark.parametrize("b", [1, 4, 16, 128])
+@pytest.mark.parametrize("s_k", [1024, 8192, 65536])
+def test_the_shapes_of_the_benchmark(library, b, s_k, h_q):
+    """The longest part is little longer than if all were equal."""
+    works = check(library, [s_k] * b, rows=h_q)
+    equal = -(-b * s_k // BLOCK // len(works))
+    assert max(works) <= max(1.15 * equal, equal + 4)
+
+
+def test_more_sequences_than_lanes_hold(library):
+    rng = np.random.default_rng(0)
+    check(library, rng.integers(0, 3000, 1000).tolist())
+    check(library, [5] * 5000, sms=132)
+
+
+def test_lengths_that_are_none(library):
+    int32 = np.iinfo(np.int32)
+    lengths = np.random.default_rng(0).integers(int32.min, int32.max, 50).tolist()
+    check(library, [*lengths, -1, int32.min, int32.max], max_tokens=4096)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(LENGTH, min_size=1, max_size=20))
+def test_pieces_of_batch_invariant_calls(library, lengths):
+    """A sequence's pieces are those that it has alone."""
+    max_tokens, most = 1 << 17, 16
+
+    def pieces(lengths):
+        parts = np.zeros(len(lengths) * most, PART)
+        out = ctypes.c_void_p(parts.ctypes.data)
+        library.fixed_parts(ints(lengths), len(lengths), max_tokens, most, out)
+        return parts.reshape(len(lengths), most)
+
+    tokens, blocks = blocks_of(lengths, max_tokens)
+    for seq, found in enumerate(pieces(lengths)):
+        full = found[found["begin_seq"] <= found["end_seq"]]
+        assert (full["begin_seq"] == seq).all()
+        assert (full["end_seq"] == seq).all()
+        assert (full["begin_tokens"] == tokens[seq]).all()
+        assert [0, *full["end_block"]] == [*full["begin_block"], blocks[seq]]
+        (alone,) = pieces([lengths[seq]])
+        assert (found["begin_block"] == alone["begin_block"]).all()
+        assert (found["end_block"] == alone["end_block"]).all()

@@ -1,0 +1,42 @@
+// Copyright 2026 The mla-jax Authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The schedule of the Hopper kernel, compiled for the host: what each CTA finds as its part.
+
+// The GPU's reciprocal, which may be off by one unit in the last place: so is this one.
+#define reciprocal_approx reciprocal_approx_of_the_gpu
+#include "../../xla_ffi/cuda/sm90/ptx.cuh"
+#undef reciprocal_approx
+
+namespace mla::ptx {
+inline int reciprocal_error;  // -1, 0 or 1 units in the last place
+inline float reciprocal_approx(float x) {
+  const float y = 1.f / x;
+  return __builtin_bit_cast(float, __builtin_bit_cast(int, y) + reciprocal_error);
+}
+}  // namespace mla::ptx
+
+#include "../../xla_ffi/cuda/sm90/decode/schedule.cuh"
+
+// What CTAs find, `num_ctas` of them; `grids` as launch.cu makes them from the groups and parts of
+// each height of tiles.
+extern "C" void find_parts(const int32_t* seqlens, int b, int max_tokens, const int* groups,
+                           const int* num_parts, int num_ctas, int reciprocal_error,
+                           mla::Part* parts, mla::Pieces* pieces) {
+  mla::ptx::reciprocal_error = reciprocal_error;
+  mla::Grid grids[mla::kTileHeights];
+  for (int i = 0; i < mla::kTileHeights; ++i) {
+    grids[i] = mla::Grid::of(groups[i], num_parts[i], b);
+  }
+  for (int cta = 0; cta < num_ctas; ++cta) {
+    warp::run([&] { mla::find_part(seqlens, b, max_tokens, cta, grids, &parts[cta]); });
+    pieces[cta] = mla::find_pieces(parts[cta], num_parts[parts[cta].height], b);
+  }
+}
+
+extern "C" void fixed_parts(const int32_t* seqlens, int b, int max_tokens, int most_pieces,
+                            mla::Part* parts) {
+  for (int i = 0; i < b * most_pieces; ++i) {
+    parts[i] = mla::fixed_part(seqlens, b, max_tokens, i, most_pieces);
+  }
+}
