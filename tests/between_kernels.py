@@ -17,13 +17,14 @@ import random
 import statistics
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from sanitizer import Params
 
+from mla_jax.bench import cases, peers
+
 CALLS, ROUNDS = 16, 10
-PAGE, D_K, D_V = 64, 576, 512
-SCALE = D_K**-0.5
 SHAPES = (  # b, s_k, h_q
     *((1, s_k, 16) for s_k in (1024, 4096, 16384)),
     *((1, s_k, 128) for s_k in (4096, 16384)),
@@ -47,34 +48,43 @@ class Others:
         return (y.sin().softmax(-1) @ self.narrow).cumsum(-1).sum()
 
 
-class Data:
-    """As many inputs as fit into 1.5 GB, so that none is in a cache when its turn comes."""
+def draw(shape: cases.Shape) -> cases.Data:
+    """Inputs of all calls, torch's; pools of up to 1.5 GB, none in a cache when its turn comes."""
+    pages = shape.b * shape.s_k // cases.PAGE_SIZE
+    count = min(CALLS, max(2, 1_500_000_000 // shape.cache_bytes(2)))
+    order = (torch.randperm(pages, device="cuda").int() for _ in range(CALLS))
+    return cases.Data(
+        [normal(shape.b, shape.s_q, shape.h_q, cases.D_K) for _ in range(CALLS)],
+        [normal(pages, cases.PAGE_SIZE, 1, cases.D_K) for _ in range(count)],
+        [x.view(shape.b, -1) for x in order],
+        torch.full((shape.b,), shape.s_k, device="cuda", dtype=torch.int32),
+    )
 
-    def __init__(self, b: int, s_k: int, h_q: int) -> None:
-        pages = s_k // PAGE
-        self.count = min(CALLS, max(2, 1_500_000_000 // (b * s_k * D_K * 2)))
-        self.pools = [normal(b * pages, PAGE, 1, D_K) for _ in range(self.count)]
-        order = (torch.randperm(b * pages, device="cuda").int() for _ in range(self.count))
-        self.tables = [x.view(b, pages) for x in order]
-        self.queries = [normal(b, 1, h_q, D_K) for _ in range(self.count)]
-        self.lengths = torch.full((b,), s_k, device="cuda", dtype=torch.int32)
 
-
-def of_library(library: ctypes.CDLL, data: Data) -> Callable[[int], object]:
-    b, _, h_q, _ = data.queries[0].shape
-    sizes = (b, 1, h_q, 1, D_K, D_V, *data.pools[0].shape[:2], data.tables[0].shape[1])
-    options = (SCALE, 0, 0, 0)
+def of_library(library: ctypes.CDLL, shape: cases.Shape, data: Any) -> Callable[[int], Any]:
+    b, s_q, h_q = shape.b, shape.s_q, shape.h_q
+    sizes = (
+        b,
+        s_q,
+        h_q,
+        1,
+        cases.D_K,
+        cases.D_V,
+        *data.pools[0].shape[:2],
+        data.tables[0].shape[1],
+    )
+    options = (cases.SCALE, 0, 0, 0)
     params = Params(*[None] * 9, *sizes, *options)
     needed = library.mla_sm90_decode_workspace_bytes(ctypes.byref(params), 132)
-    out = torch.empty(b, 1, h_q, D_V, device="cuda", dtype=torch.bfloat16)
-    lse = torch.empty(b, h_q, 1, device="cuda")
+    out = torch.empty(b, s_q, h_q, cases.D_V, device="cuda", dtype=torch.bfloat16)
+    lse = torch.empty(b, h_q, s_q, device="cuda")
     workspace = torch.empty(needed, device="cuda", dtype=torch.uint8)
     counters = torch.empty(264, device="cuda", dtype=torch.int32)
     results = (out, lse, workspace, counters)
 
-    def call(i: int) -> object:
-        arrays = (data.pools[i], data.tables[i], data.lengths, *results)
-        pointers = (data.queries[i].data_ptr(), None, *(x.data_ptr() for x in arrays))
+    def call(i: int) -> Any:
+        q, *rest = data.call(i)
+        pointers = (q.data_ptr(), None, *(x.data_ptr() for x in (*rest, *results)))
         params = Params(*pointers, *sizes, *options)
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         if error := library.mla_sm90_decode(ctypes.byref(params), stream):
@@ -84,20 +94,7 @@ def of_library(library: ctypes.CDLL, data: Data) -> Callable[[int], object]:
     return call
 
 
-def of_flashmla(data: Data) -> Callable[[int], object]:
-    from flash_mla import flash_mla_with_kvcache, get_mla_metadata
-
-    schedule = get_mla_metadata()[0]  # filled by the first call
-    options = {"causal": False, "use_legacy": True, "is_fp8_kvcache": False}
-
-    def call(i: int) -> object:
-        arrays = (data.queries[i], data.pools[i], data.tables[i], data.lengths)
-        return flash_mla_with_kvcache(*arrays, D_V, schedule, **options)
-
-    return call
-
-
-def graph(once: Callable[[int], object], count: int) -> tuple[torch.cuda.CUDAGraph, list[object]]:
+def graph(once: Callable[[int], Any]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
     """Returns a graph of all calls, and what must outlive it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -107,7 +104,7 @@ def graph(once: Callable[[int], object], count: int) -> tuple[torch.cuda.CUDAGra
     torch.cuda.synchronize()
     found = torch.cuda.CUDAGraph()
     with torch.cuda.graph(found):
-        kept = [once(i % count) for i in range(CALLS)]
+        kept = [once(i) for i in range(CALLS)]
     return found, [kept, once]
 
 
@@ -133,16 +130,17 @@ def main() -> None:
         library.mla_sm90_decode_workspace_bytes.restype = ctypes.c_size_t
     others = Others()
     for b, s_k, h_q in SHAPES:
-        data = Data(b, s_k, h_q)
-        calls = {path: of_library(library, data) for path, library in libraries.items()}
+        shape = cases.Shape(b, 1, s_k, h_q)
+        data = draw(shape)
+        calls = {path: of_library(library, shape, data) for path, library in libraries.items()}
         if importlib.util.find_spec("flash_mla") is not None:
-            calls["flashmla"] = of_flashmla(data)
-        made = {"": graph(lambda _: others(), 1)}
+            calls["flashmla"] = peers._CALLS["flashmla"](shape, data)
+        made = {"": graph(lambda _: others())}
         for name, call in calls.items():
-            made[name] = graph(lambda i, call=call: (others(), call(i)), data.count)
+            made[name] = graph(lambda i, call=call: (others(), call(i)))
         took = measure({name: found for name, (found, _) in made.items()})
         shown = "  ".join(f"{name} {took[name] - took['']:.1f}" for name in calls)
-        print(f"({b}, 1, {s_k}, {h_q})  others {took['']:.1f}  {shown}", flush=True)
+        print(f"({shape})  others {took['']:.1f}  {shown}", flush=True)
 
 
 if __name__ == "__main__":
