@@ -93,15 +93,14 @@ __device__ __forceinline__ int sequence_blocks(int tokens) {
   return max((tokens + kBlockTokens - 1) / kBlockTokens, 1);
 }
 
-// Division by another number, for 0 <= a < 2^30 and 0 < b: a few instructions instead of dozens.
+// Division by another number, for 0 <= a < 2^30, 0 < b and quotients below 2^20: a few instructions
+// instead of dozens.
 class Divisor {
  public:
   __device__ __forceinline__ explicit Divisor(int b) : b_(b), inverse_(ptx::reciprocal_approx(b)) {}
 
   __device__ __forceinline__ int floor(int a) const {
-    // The first quotient may be off by 2^-22 of itself, the second by one.
-    int q = __float2int_rd(a * inverse_);
-    q += __float2int_rd((a - q * b_) * inverse_);
+    const int q = __float2int_rd(a * inverse_);  // off by 2^-22 of itself and by one, at most
     const int rest = a - q * b_;
     return q + (rest >= b_) - (rest < 0);
   }
@@ -152,11 +151,57 @@ __device__ __forceinline__ int spare_helpers(int num_parts, int used, int b) {
   return Divisor(b).floor(num_parts - used);
 }
 
+// The height of tiles, as an index, for so many blocks.
+__device__ __forceinline__ int choose_height(const Grid (&grids)[kTileHeights], int blocks) {
+  int height = 0, least = grids[0].parts.ceil(blocks) + kCombineOverhead;
+#pragma unroll
+  for (int i = 1; i < kTileHeights; ++i) {
+    const int cost = grids[i].parts.ceil(blocks) + (kCombineOverhead >> i);
+    if (grids[i].groups.value > grids[0].groups.value && cost < least) height = i, least = cost;
+  }
+  return height;
+}
+
+// An aligned part's size: a block more, for the warpgroup that has less to do, takes less time than
+// the statistics of very many pieces.
+__device__ __forceinline__ int without_many_pieces(int size, int longest) {
+  return longest > kManyPieces * size ? (size + 1) / 2 * 2 : size;
+}
+
+// What find_part() finds for one sequence, without the rest's latency: aligned is as good as
+// packed.
+__device__ inline Part part_of_one(int tokens, int cta, const Grid (&grids)[kTileHeights]) {
+  const int blocks = sequence_blocks(tokens), height = choose_height(grids, blocks);
+  const Grid grid = grids[height];
+  const int num_parts = grid.parts.value, part = grid.groups.floor(cta);
+  const int size = without_many_pieces(grid.parts.ceil(blocks), blocks);
+  const int begin = part * size, pieces = Divisor(size).ceil(blocks);
+  Part found = {height, 1, 0, -1, 0, 0, true, size, 0, 0, 0, pieces * size, -1};
+  if (part >= num_parts) return found;
+  found.end_seq = 0;
+  found.end_seq_last_at = blocks - 1;
+  if (begin < blocks) {
+    found.begin_seq = 0;
+    found.begin_block = begin;
+    found.begin_tokens = tokens;
+    found.end_block = min(begin + size, blocks);
+  } else {
+    found.helper = part - pieces;
+  }
+  return found;
+}
+
 // Finds the part of the `cta`-th CTA; called by one whole warp, the result is in `*result` (shared
 // memory). The kernel's first load waits for it.
 __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, int cta,
                                  const Grid (&grids)[kTileHeights], Part* result) {
   const int lane = threadIdx.x % 32;
+  if (b == 1) {
+    const Part found = part_of_one(sequence_tokens(seqlens, 0, max_tokens), cta, grids);
+    if (lane == 0) *result = found;
+    __syncwarp();
+    return;
+  }
   // A lane's sequences are neighbours: one scan of the lanes' sums says where all of them lie.
   const int each = (b + 31) / 32, first = min(lane * each, b), last = min(first + each, b);
   const auto blocks_of = [&](int i) {
@@ -183,40 +228,34 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
   }));
   longest = __reduce_max_sync(0xFFFFFFFFu, longest);
 
-  int height = 0, least = grids[0].parts.ceil(total) + kCombineOverhead;
-#pragma unroll
-  for (int i = 1; i < kTileHeights; ++i) {
-    const int cost = grids[i].parts.ceil(total) + (kCombineOverhead >> i);
-    if (grids[i].groups.value > grids[0].groups.value && cost < least) height = i, least = cost;
-  }
+  const int height = choose_height(grids, total);
   const Grid grid = grids[height];
   const int num_parts = grid.parts.value, part = grid.groups.floor(cta);
 
-  // Packed, and if that costs little, rounded so that sequences of one length end at a cut.
-  int size = grid.parts.ceil(total + b * kSequenceOverhead);
-  int gap = kSequenceOverhead;
-  const int whole = Divisor(longest + gap).ceil(size) * (longest + gap);
-  if (whole - size <= 2 + size / 32) size = whole;
-
+  int aligned = INT32_MAX;  // the smallest size for which the parts suffice
   if (b <= num_parts) {
-    // The smallest aligned size for which the parts suffice lies in [low, high].
     int low = grid.parts.ceil(total);
-    int high = b < num_parts ? min(longest, grid.spare.ceil(total)) : longest;
-    while (low < high) {
-      const int middle = (low + high) / 2;
+    aligned = b < num_parts ? min(longest, grid.spare.ceil(total)) : longest;
+    while (low < aligned) {
+      const int middle = (low + aligned) / 2;
       const Divisor by_middle(middle);
       if (warp_sum(sum_of([&](int n) { return by_middle.ceil(n); })) <= num_parts) {
-        high = middle;
+        aligned = middle;
       } else {
         low = middle + 1;
       }
     }
-    if (high <= size + 2 + size / 16) {
-      // A block more, for the warpgroup that has less to do, takes less time than the statistics of
-      // very many pieces.
-      size = longest > kManyPieces * high ? (high + 1) / 2 * 2 : high;
-      gap = 0;
-    }
+  }
+  int size = grid.parts.ceil(total + b * kSequenceOverhead), gap = kSequenceOverhead;
+  if (aligned > size + 2 + size / 16) {
+    // Packed, and if that costs little, rounded so that sequences of one length end at a cut.
+    const int whole = Divisor(longest + gap).ceil(size) * (longest + gap);
+    // Of millions of sequences the quotient may be too small.
+    if (whole >= size && whole - size <= 2 + size / 32) size = whole;
+  }
+  if (aligned <= size + 2 + size / 16) {
+    size = without_many_pieces(aligned, longest);
+    gap = 0;
   }
 
   if (lane == 0) {  // stays empty past the line's end
