@@ -15,6 +15,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype
 
 from mla_jax.config import DeepseekConfig
+from mla_jax.linear import dot_general
 from mla_jax.partitioning import TENSOR, cut
 
 # Enough rows for a matrix product's full rate, few enough for what all experts make of them.
@@ -57,12 +58,7 @@ class Router(nnx.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps tokens `[n, hidden_size]` to experts `[n, k]` and float32 weights `[n, k]`."""
         config = self.config
-        # At full precision: GPUs round float32 products unless told not to, and experts would flip.
-        logits = jnp.matmul(
-            x.astype(jnp.float32),
-            self.kernel[...].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        logits = self._logits(x)
         if config.is_v3:
             scores = jax.nn.sigmoid(logits)
             choice = scores + self.e_score_correction_bias[...]
@@ -81,6 +77,16 @@ class Router(nnx.Module):
         if config.is_v3 and config.norm_topk_prob:
             weights /= weights.sum(-1, keepdims=True) + 1e-20
         return experts, weights * config.routed_scaling_factor
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        """Multiplies as if in float32: experts would flip with less."""
+        kernel, dims = self.kernel[...], (((1,), (0,)), ((), ()))
+        if x.dtype == kernel.dtype and x.dtype.itemsize == 2:
+            # Products of 16-bit numbers are exact in float32, by tensor cores too.
+            return dot_general(x, kernel, dims, preferred_element_type=jnp.float32)
+        # GPUs round float32 products unless told not to.
+        x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
+        return jax.lax.dot_general(x, kernel, dims, precision=jax.lax.Precision.HIGHEST)
 
 
 class Experts(nnx.Module):

@@ -14,9 +14,10 @@ from flax import nnx
 from jax import export
 
 from mla_jax import DeepseekForCausalLM, PagedKVCache, generate
+from mla_jax.bench import models
 from mla_jax.config import DeepseekConfig
 from mla_jax.linear import dot_general
-from mla_jax.moe import Experts, MoE
+from mla_jax.moe import Experts, MoE, Router
 from mla_jax.rope import inverse_frequencies, rope_tables
 
 LOGITS = {"rtol": 0, "atol": 2e-3}
@@ -139,6 +140,21 @@ def test_router_chooses_and_weighs_the_same_experts(ref):
         np.testing.assert_array_equal(ascending, ref.oracle[f"router_idx_{index}"])
         weights = np.take_along_axis(np.asarray(weights), order, -1)
         np.testing.assert_allclose(weights, ref.oracle[f"router_w_{index}"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 7])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_router_of_16_bit_numbers_sums_in_float32(n, dtype):
+    config = models.preset("deepseek-v2-lite", "gpu")
+    router = Router(config, param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(n), (n, config.hidden_size), dtype)
+    experts, weights = _apply(*nnx.split(router), x)
+    logits = np.asarray(x, np.float64) @ np.asarray(router.kernel[...], np.float64)
+    scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    best = np.argsort(-scores, axis=-1)[:, : config.num_experts_per_tok]
+    np.testing.assert_array_equal(experts, best)
+    expected = np.take_along_axis(scores, best, -1) * config.routed_scaling_factor
+    np.testing.assert_allclose(weights, expected, rtol=1e-5)
 
 
 def test_rope_and_softmax_scale(ref):
