@@ -57,16 +57,16 @@ def blocks_of(lengths, max_tokens):
 
 def find(library, lengths, rows, h_kv, sms, max_tokens, error):
     """Returns the parts that the CTAs of one group find, and what each knows of the others."""
-    groups = [-(-rows // height) * h_kv for height in HEIGHTS]
-    ctas = max(min(sms, MOST_PARTS), groups[0])
-    for i in (1, 2):
-        groups[i] = groups[i] if groups[i] <= ctas else groups[i - 1]
+    wanted = [-(-rows // height) * h_kv for height in HEIGHTS]
+    ctas = max(min(sms, MOST_PARTS), wanted[0])
     parts, pieces = np.zeros(ctas, PART), np.zeros(ctas, PIECES)
-    counts = [ctas // n for n in groups]
-    b, out = len(lengths), (ctypes.c_void_p(x.ctypes.data) for x in (parts, pieces))
-    library.find_parts(ints(lengths), b, max_tokens, ints(groups), ints(counts), ctas, error, *out)
+    groups, counts = np.zeros(3, np.int32), np.zeros(3, np.int32)
+    out = (ctypes.c_void_p(x.ctypes.data) for x in (parts, pieces, groups, counts))
+    tiles = (ctypes.c_int64 * 3)(*wanted)
+    library.find_parts(ints(lengths), len(lengths), max_tokens, tiles, ctas, error, *out)
     (height,) = set(parts["height"].tolist())
     num, count = counts[height], groups[height]
+    assert count == wanted[height]  # all rows have a tile
     # CTAs that go through the same blocks agree; those that are left over have nothing.
     used, left = parts[: num * count].reshape(num, count), parts[num * count :]
     assert (used == used[:, :1]).all()
@@ -129,7 +129,7 @@ def check(library, lengths, *, rows=16, h_kv=1, sms=132, max_tokens=1 << 20, err
 
 
 COMMON = {
-    "rows": st.sampled_from([1, 16, 64, 100, 128, 256, 1024]),
+    "rows": st.sampled_from([1, 16, 64, 100, 128, 256, 1024, 2176, 5000]),
     "h_kv": st.integers(1, 3),
     "sms": st.sampled_from([1, 2, 7, 78, 114, 132]),
     "error": st.integers(-1, 1),

@@ -18,19 +18,21 @@ inline float reciprocal_approx(float x) {
 
 #include "../../xla_ffi/cuda/sm90/decode/schedule.cuh"
 
-// What CTAs find, `num_ctas` of them; `grids` as launch.cu makes them from the groups and parts of
-// each height of tiles.
-extern "C" void find_parts(const int32_t* seqlens, int b, int max_tokens, const int* groups,
-                           const int* num_parts, int num_ctas, int reciprocal_error,
-                           mla::Part* parts, mla::Pieces* pieces) {
+// What CTAs find, `num_ctas` of them, given the groups of each height of tiles; of those heights too
+// the groups and parts of the grid.
+extern "C" void find_parts(const int32_t* seqlens, int b, int max_tokens, const int64_t* groups,
+                           int num_ctas, int reciprocal_error, mla::Part* parts,
+                           mla::Pieces* pieces, int* grid_groups, int* grid_parts) {
   mla::ptx::reciprocal_error = reciprocal_error;
   mla::Grid grids[mla::kTileHeights];
+  mla::lay_out(grids, {groups[0], groups[1], groups[2]}, num_ctas, b);
   for (int i = 0; i < mla::kTileHeights; ++i) {
-    grids[i] = mla::Grid::of(groups[i], num_parts[i], b);
+    grid_groups[i] = grids[i].groups.value;
+    grid_parts[i] = grids[i].parts.value;
   }
   for (int cta = 0; cta < num_ctas; ++cta) {
     warp::run([&] { mla::find_part(seqlens, b, max_tokens, cta, grids, &parts[cta]); });
-    pieces[cta] = mla::find_pieces(parts[cta], num_parts[parts[cta].height], b);
+    pieces[cta] = mla::find_pieces(parts[cta], grid_parts[parts[cta].height], b);
   }
 }
 

@@ -202,16 +202,16 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
     if (ctas > INT32_MAX / kFixedShares) return cudaErrorInvalidValue;
     args.fixed_pieces = most_pieces(p);
     args.cooperative = false;
-    const int groups = static_cast<int>(num_groups(args.rows, p.h_kv, kTileRows));
-    for (Grid& grid : args.grids) grid = Grid::of(groups, 1, p.b);
+    const int64_t groups = num_groups(args.rows, p.h_kv, kTileRows);
+    lay_out(args.grids, {groups, groups, groups}, static_cast<int>(groups), p.b);
   } else {
     // With more tiles than multiprocessors nothing is split, and all tiles are high.
-    ctas = std::min(num_sms, kMaxParts);
+    int64_t groups[kTileHeights];
     for (int i = 0; i < kTileHeights; ++i) {
-      const int64_t groups = num_groups(args.rows, p.h_kv, tile_height(i));
-      if (i == 0) ctas = std::max(ctas, groups);
-      args.grids[i] = groups <= ctas ? Grid::of(groups, ctas / groups, p.b) : args.grids[i - 1];
+      groups[i] = num_groups(args.rows, p.h_kv, tile_height(i));
     }
+    ctas = std::max<int64_t>(std::min(num_sms, kMaxParts), groups[0]);
+    lay_out(args.grids, groups, static_cast<int>(ctas), p.b);
     args.fixed_pieces = 0;
     args.cooperative = args.grids[0].parts.value > 1;
   }

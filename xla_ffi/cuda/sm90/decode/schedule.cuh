@@ -50,17 +50,44 @@ struct KnownDivisor {
   __device__ __forceinline__ int ceil(int a) const { return floor(a + value - 1); }
 };
 
+// Blocks that combining a tile of 64 rows costs; lower ones, half or a quarter.
+inline constexpr int kCombineOverhead = 4;
+
 // How the grid is laid out for one height of tiles.
 struct Grid {
   KnownDivisor groups;  // CTAs that go through the same blocks: row tiles * h_kv
   KnownDivisor parts;   // cuts of the schedule; parts * groups CTAs have work
   KnownDivisor spare;   // parts that are left when each sequence has one, at least 1
-
-  static Grid of(int groups, int parts, int b) {
-    return {KnownDivisor::of(groups), KnownDivisor::of(parts),
-            KnownDivisor::of(parts > b ? parts - b : 1)};
-  }
+  int most_blocks;      // for so many, in all sequences, these tiles are better than higher ones
 };
+
+// Lays out the grid for all heights of tiles, given the groups of each; the highest ones fit.
+inline void lay_out(Grid (&grids)[kTileHeights], const int64_t (&groups)[kTileHeights], int ctas,
+                    int b) {
+  for (int i = 0; i < kTileHeights; ++i) {
+    if (i > 0 && (groups[i] > ctas || groups[i] == groups[i - 1])) {
+      grids[i] = grids[i - 1];
+      grids[i].most_blocks = 0;
+      continue;
+    }
+    const int parts = static_cast<int>(ctas / groups[i]);
+    grids[i] = {KnownDivisor::of(static_cast<int>(groups[i])), KnownDivisor::of(parts),
+                KnownDivisor::of(parts > b ? parts - b : 1), 0};
+    const auto cost = [&](int height, int blocks) {
+      const int of_each = grids[height].parts.value;
+      return (blocks + of_each - 1) / of_each + (kCombineOverhead >> height);
+    };
+    int size = 0;  // blocks of a part: low tiles pay while there are few
+    const auto pays = [&](int blocks) {
+      for (int j = 0; j < i; ++j) {
+        if (cost(i, blocks) >= cost(j, blocks)) return false;
+      }
+      return i > 0;
+    };
+    while (size < 2 * kCombineOverhead && pays((size + 1) * parts)) ++size;
+    grids[i].most_blocks = size * parts;
+  }
+}
 
 // A CTA's work: from block `begin_block` of `begin_seq` up to, and excluding, block `end_block`
 // of `end_seq`; all blocks of the sequences between. Empty if end_seq < begin_seq.
@@ -115,8 +142,6 @@ __device__ __forceinline__ int warp_sum(int v) { return __reduce_add_sync(0xFFFF
 
 // Blocks that starting a sequence costs (query load, pipeline fill, epilogue).
 inline constexpr int kSequenceOverhead = 3;
-// Blocks that combining a tile of 64 rows costs.
-inline constexpr int kCombineOverhead = 4;
 // A sequence that would have more pieces is cut into pieces of an even number of blocks.
 inline constexpr int kManyPieces = 64;
 
@@ -153,11 +178,10 @@ __device__ __forceinline__ int spare_helpers(int num_parts, int used, int b) {
 
 // The height of tiles, as an index, for so many blocks.
 __device__ __forceinline__ int choose_height(const Grid (&grids)[kTileHeights], int blocks) {
-  int height = 0, least = grids[0].parts.ceil(blocks) + kCombineOverhead;
+  int height = 0;
 #pragma unroll
   for (int i = 1; i < kTileHeights; ++i) {
-    const int cost = grids[i].parts.ceil(blocks) + (kCombineOverhead >> i);
-    if (grids[i].groups.value > grids[0].groups.value && cost < least) height = i, least = cost;
+    if (blocks <= grids[i].most_blocks) height = i;
   }
   return height;
 }
@@ -191,33 +215,31 @@ __device__ inline Part part_of_one(int tokens, int cta, const Grid (&grids)[kTil
   return found;
 }
 
-// Finds the part of the `cta`-th CTA; called by one whole warp, the result is in `*result` (shared
-// memory). The kernel's first load waits for it.
-__device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, int cta,
-                                 const Grid (&grids)[kTileHeights], Part* result) {
-  const int lane = threadIdx.x % 32;
-  if (b == 1) {
-    const Part found = part_of_one(sequence_tokens(seqlens, 0, max_tokens), cta, grids);
-    if (lane == 0) *result = found;
-    __syncwarp();
-    return;
-  }
+// The part of the `cta`-th CTA, of two or more sequences; called by one whole warp, the result is in
+// `*result`. Each lane keeps the blocks of its first kHeld sequences in registers; with one, they
+// are all that it has.
+template <int kHeld>
+__device__ inline void part_of_many(const int32_t* seqlens, int b, int max_tokens, int cta,
+                                    const Grid (&grids)[kTileHeights], Part* result) {
   // A lane's sequences are neighbours: one scan of the lanes' sums says where all of them lie.
-  const int each = (b + 31) / 32, first = min(lane * each, b), last = min(first + each, b);
+  const int lane = threadIdx.x % 32, each = kHeld == 1 ? 1 : (b + 31) / 32;
+  const int first = min(lane * each, b), last = min(first + each, b);
   const auto blocks_of = [&](int i) {
     return sequence_blocks(sequence_tokens(seqlens, i, max_tokens));
   };
-  int held[kHeldSequences];  // blocks of the lane's first sequences
+  int held[kHeld];
 #pragma unroll
-  for (int j = 0; j < kHeldSequences; ++j) held[j] = first + j < last ? blocks_of(first + j) : 0;
+  for (int j = 0; j < kHeld; ++j) held[j] = first + j < last ? blocks_of(first + j) : 0;
   const auto sum_of = [&](auto&& cost_of) {
     int sum = 0;
 #pragma unroll
-    for (int j = 0; j < kHeldSequences; ++j) {
+    for (int j = 0; j < kHeld; ++j) {
       if (held[j] > 0) sum += cost_of(held[j]);
     }
+    if constexpr (kHeld > 1) {
 #pragma unroll 1
-    for (int i = first + kHeldSequences; i < last; ++i) sum += cost_of(blocks_of(i));
+      for (int i = first + kHeld; i < last; ++i) sum += cost_of(blocks_of(i));
+    }
     return sum;
   };
 
@@ -229,13 +251,15 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
   longest = __reduce_max_sync(0xFFFFFFFFu, longest);
 
   const int height = choose_height(grids, total);
-  const Grid grid = grids[height];
+  const Grid& grid = grids[height];
   const int num_parts = grid.parts.value, part = grid.groups.floor(cta);
 
-  int aligned = INT32_MAX;  // the smallest size for which the parts suffice
+  int size = grid.parts.ceil(total + b * kSequenceOverhead), gap = kSequenceOverhead;
+  const int most_aligned = size + 2 + size / 16;  // better than packed up to here
+  int aligned = INT32_MAX;  // the smallest size for which the parts suffice, if at most that
   if (b <= num_parts) {
     int low = grid.parts.ceil(total);
-    aligned = b < num_parts ? min(longest, grid.spare.ceil(total)) : longest;
+    aligned = min(b < num_parts ? min(longest, grid.spare.ceil(total)) : longest, most_aligned + 1);
     while (low < aligned) {
       const int middle = (low + aligned) / 2;
       const Divisor by_middle(middle);
@@ -246,16 +270,14 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
       }
     }
   }
-  int size = grid.parts.ceil(total + b * kSequenceOverhead), gap = kSequenceOverhead;
-  if (aligned > size + 2 + size / 16) {
+  if (aligned <= most_aligned) {
+    size = without_many_pieces(aligned, longest);
+    gap = 0;
+  } else {
     // Packed, and if that costs little, rounded so that sequences of one length end at a cut.
     const int whole = Divisor(longest + gap).ceil(size) * (longest + gap);
     // Of millions of sequences the quotient may be too small.
     if (whole >= size && whole - size <= 2 + size / 32) size = whole;
-  }
-  if (aligned <= size + 2 + size / 16) {
-    size = without_many_pieces(aligned, longest);
-    gap = 0;
   }
 
   if (lane == 0) {  // stays empty past the line's end
@@ -279,7 +301,7 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
   start -= sum;
 #pragma unroll 1
   for (int i = first; i < last && start < end; ++i) {
-    const int n = blocks_of(i), cost = cost_of(n);
+    const int n = kHeld == 1 ? held[0] : blocks_of(i), cost = cost_of(n);
     if (start <= begin && begin < start + cost) {
       result->begin_seq = i;
       result->begin_tokens = sequence_tokens(seqlens, i, max_tokens);
@@ -317,6 +339,21 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
     result->helper = part - used - seq * helpers;
   }
   __syncwarp();
+}
+
+// Finds the part of the `cta`-th CTA; called by one whole warp, the result is in `*result` (shared
+// memory). The kernel's first load waits for it.
+__device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, int cta,
+                                 const Grid (&grids)[kTileHeights], Part* result) {
+  if (b == 1) {
+    const Part found = part_of_one(sequence_tokens(seqlens, 0, max_tokens), cta, grids);
+    if (threadIdx.x % 32 == 0) *result = found;
+    __syncwarp();
+  } else if (b <= 32) {
+    part_of_many<1>(seqlens, b, max_tokens, cta, grids, result);
+  } else {
+    part_of_many<kHeldSequences>(seqlens, b, max_tokens, cta, grids, result);
+  }
 }
 
 // Called by one thread.
