@@ -33,9 +33,10 @@ __device__ __forceinline__ float quad_sum(float v) {
   return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
 }
 
-// exp2(old - fresh), 0 while nothing has been seen.
+// What sums relative to the old maximum are multiplied by. While nothing has been seen they are
+// zeros, and better left alone.
 __device__ __forceinline__ float rescale_factor(float old, float fresh) {
-  return ptx::exp2_approx(old - (fresh == kNegativeInfinity ? 0.f : fresh));
+  return old == kNegativeInfinity ? 1.f : ptx::exp2_approx(old - fresh);
 }
 
 // Hides the columns at or past limit.v[row]. `column` is the token of this lane's first score.
