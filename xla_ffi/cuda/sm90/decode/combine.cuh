@@ -40,10 +40,10 @@ __device__ __forceinline__ void clear_counters(const DecodeArgs& args, uint64_t*
   ptx::mbarrier_arrive(all_clear);
 }
 
-// Tells the others that this CTA's piece is written; called by all consumers.
+// Tells the others that this warp's share of the CTA's piece is written.
 __device__ __forceinline__ void announce_partial(uint32_t* counter) {
-  ptx::named_barrier_sync(kConsumers, kConsumerThreads);
-  if (threadIdx.x == 0) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) {
     ptx::fence_gpu();
     ptx::increment(counter);
   }
@@ -118,9 +118,9 @@ struct Sum {
 };
 
 // Sums the CTA's units: each warp copies what it will sum to shared memory, and needs no other warp
-// unless they share a unit.
-template <typename T, typename Partial>
-__device__ __forceinline__ void combine_units(const Combination& c) {
+// unless they share a unit. `wait` returns when the pieces are there.
+template <typename T, typename Partial, typename Wait>
+__device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait) {
   using Format = PartialFormat<Partial>;
   constexpr int kPairs = Format::kPairs;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pieces = c.pieces;
@@ -130,33 +130,46 @@ __device__ __forceinline__ void combine_units(const Combination& c) {
   const auto chunk_of = [&](int i) {
     return (c.first_unit + i) & ((1 << kRowGroupShift<Partial>) - 1);
   };
+  // Where a unit's first pieces lie, the first and the second that this thread copies.
+  const int stats_member = member + lane / 8 * team, pair = lane % 8;  // of rows
+  const uint4 *chunk, *next_chunk;
+  const float2 *stats, *next_stats;
+  const auto locate = [&](int i) {
+    const int row_group = row_group_of(i), chunk_number = chunk_of(i);
+    const int row = 16 * row_group + 2 * pair, half = chunk_number / kChunks<Partial>;
+    const int offset = chunk_number * 128 + row_group * 32 + lane;
+    chunk = partial_chunks(c.args, c.slot_of(member)) + offset;
+    next_chunk = partial_chunks(c.args, c.slot_of(member + team)) + offset;
+    stats = partial_stats(c.args, c.slot_of(stats_member), half, row);
+    next_stats = partial_stats(c.args, c.slot_of(stats_member + 4 * team), half, row);
+  };
+  const int64_t chunk_stride = team * c.slot_stride * c.args.slot_chunks;
+  const int stats_stride = 4 * team * c.slot_stride * 2 * kTileRows;
 
+  int i = warp / team;
+  locate(i);  // while others are still writing
+  asm volatile("" : "+l"(chunk), "+l"(next_chunk), "+l"(stats), "+l"(next_stats));
+  wait();
 #pragma unroll 1
-  for (int i = warp / team; i < c.units; i += step) {
-    const int row_group = row_group_of(i), chunk = chunk_of(i), half = chunk / kChunks<Partial>;
+  for (; i < c.units; i += step) {
     Gathered* gathered = c.scratch.gathered + i * pieces;
     // The statistics of four pieces at a time: a copy costs the same for all lanes as for few.
 #pragma unroll 1
-    for (int s = member + lane / 8 * team; s < pieces; s += 4 * team) {
-      const int pair = lane % 8;  // of rows
-      ptx::copy_async_16(&gathered[s].stats[2 * pair],
-                         partial_stats(c.args, c.slot_of(s), half, 16 * row_group + 2 * pair));
+    for (int s = stats_member; s < pieces; s += 4 * team) {
+      ptx::copy_async_16(&gathered[s].stats[2 * pair], stats);
+      stats = s == stats_member ? next_stats : stats + stats_stride;
     }
-    const auto chunk_at = [&](int s) {
-      return partial_chunks(c.args, c.slot_of(s)) + chunk * 128 + row_group * 32 + lane;
-    };
-    const uint4 *from = chunk_at(member), *second = chunk_at(team);
-    const int64_t stride = team * c.slot_stride * c.args.slot_chunks;
 #pragma unroll 4
     for (int s = member; s < pieces; s += team) {
-      ptx::copy_async_16(&gathered[s].chunks[lane], from);
-      from = s == 0 ? second : from + stride;
+      ptx::copy_async_16(&gathered[s].chunks[lane], chunk);
+      chunk = s == member ? next_chunk : chunk + chunk_stride;
     }
+    locate(i + step);
   }
   ptx::copy_async_wait();
   __syncwarp();
 
-  int i = warp / team;
+  i = warp / team;
 #pragma unroll 1
   do {  // once where warps share units, so that all of them meet
     Sum<kPairs> total;
@@ -277,15 +290,18 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& pla
   take_units(c, half, split.share, split.helpers);
   if (c.units <= 0) return;
   if (rehearses) c.rows = 0;
-  if (threadIdx.x == 0 && !rehearses) {
-    while (ptx::acquire_load(args.counters + cta) < static_cast<uint32_t>(split.pieces)) {
+  const uint32_t expected = split.pieces * partial_writers(rows);
+  const auto wait = [&] {
+    if (threadIdx.x == 0 && !rehearses) {
+      while (ptx::acquire_load(args.counters + cta) < expected) {
+      }
     }
-  }
-  ptx::named_barrier_sync(kConsumers, kConsumerThreads);
+    ptx::named_barrier_sync(kConsumers, kConsumerThreads);
+  };
   if (half) {
-    combine_units<T, __half>(c);
+    combine_units<T, __half>(c, wait);
   } else {
-    combine_units<T, float>(c);
+    combine_units<T, float>(c, wait);
   }
 }
 
@@ -317,7 +333,7 @@ __global__ void __launch_bounds__(kConsumerThreads)
                    slot + place.groups,
                    place.groups};
   take_units(c, true, blockIdx.x % kFixedShares, kFixedShares);
-  if (c.units > 0) combine_units<T, __half>(c);
+  if (c.units > 0) combine_units<T, __half>(c, [] {});
 }
 
 }  // namespace mla

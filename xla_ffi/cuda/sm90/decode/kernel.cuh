@@ -408,6 +408,17 @@ struct Decode {
       }
       if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.query_empty);
 
+      // What a partial result consists of needs no other warp, but the sums of its rows.
+      const bool whole = item.whole && rehearsal == Rehearsal::kNone;
+      const bool first = item.begin == 0 || rehearsal != Rehearsal::kNone;
+      const int slot = fixed ? blockIdx.x : partial_slot(blockIdx.x, first);
+      const int tile_rows = place.end_row - place.first_row;
+      const bool writes = !whole && threadIdx.x % 128 / 32 * 16 < tile_rows;
+      int2 exponents = {};
+      if (writes) {
+        exponents = is_half(args, tile_rows) ? store_values<__half>(args, slot, half, output)
+                                             : store_values<float>(args, slot, half, output);
+      }
       float(&sums)[2][kTileRows] = shared.sum[item.parity];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -421,18 +432,11 @@ struct Decode {
       }
 
       split.helpers = 0;
-      if (item.whole && rehearsal == Rehearsal::kNone) {
+      if (whole) {
         store_output(args, place, item, rows, half, output, max, sum);
         return;
       }
-      const bool first = item.begin == 0 || rehearsal != Rehearsal::kNone;
-      const int slot = fixed ? blockIdx.x : partial_slot(blockIdx.x, first);
-      const int tile_rows = place.end_row - place.first_row;
-      if (is_half(args, tile_rows)) {
-        store_partial<__half>(args, slot, half, tile_rows, output, max, sum);
-      } else {
-        store_partial<float>(args, slot, half, tile_rows, output, max, sum);
-      }
+      if (writes) store_stats(args, slot, half, rows.local, max, sum, exponents);
       // Another kernel combines, or nobody.
       if (fixed || rehearsal != Rehearsal::kNone) return;
 
@@ -443,7 +447,7 @@ struct Decode {
       split.pieces = (last ? pieces.end_seq_last : place.part) - split.first_part + 1;
       split.helpers = part.one_sequence ? split.pieces + pieces.helpers : split.pieces - 1;
       split.share = place.part - split.first_part;
-      announce_partial(args.counters + place.peer(split.first_part));
+      if (writes) announce_partial(args.counters + place.peer(split.first_part));
     };
     for_each_item(args, part, body, rehearsal);
 

@@ -75,6 +75,11 @@ struct PartialFormat<__half> {
   }
 };
 
+// 2^exponent, for -126 <= exponent <= 127.
+__device__ __forceinline__ float power_of_two(int exponent) {
+  return __int_as_float((127 + exponent) << 23);
+}
+
 // Chunks of one thread's share of a warpgroup's output.
 template <typename Partial>
 inline constexpr int kChunks = 64 / PartialFormat<Partial>::kPairs;
@@ -92,28 +97,34 @@ __device__ __forceinline__ float2* partial_stats(const DecodeArgs& args, int slo
   return args.partial_stats + (2 * slot + half) * kTileRows + row;
 }
 
-// Writes the share of one warpgroup.
+// Warps that write a partial result of `rows` rows, in both halves.
+__device__ __forceinline__ int partial_writers(int rows) { return 2 * ((rows + 15) / 16); }
+
+// Writes the values of one warpgroup, and returns the exponents of this thread's two rows.
 template <typename Partial>
-__device__ __forceinline__ void store_partial(const DecodeArgs& args, int slot, int half, int rows,
-                                              const float (&output)[128], const RowPair& max,
-                                              const RowPair& sum) {
+__device__ __forceinline__ int2 store_values(const DecodeArgs& args, int slot, int half,
+                                             const float (&output)[128]) {
   using Format = PartialFormat<Partial>;
-  const int thread = threadIdx.x % 128, row = 16 * (thread / 32) + thread % 32 / 4;
-  if (16 * (thread / 32) >= rows) return;
-  float scale[2];
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    const int exponent = Format::exponent(output, e);
-    scale[e] = __int_as_float((127 - exponent) << 23);
-    if (thread % 4 == 0) {
-      __stcg(partial_stats(args, slot, half, row + 8 * e),
-             make_float2(max.v[e] + exponent, sum.v[e] * scale[e]));
-    }
-  }
-  uint4* dst = partial_chunks(args, slot) + half * kChunks<Partial> * 128 + thread;
+  const int exponents[2] = {Format::exponent(output, 0), Format::exponent(output, 1)};
+  const float scale[2] = {power_of_two(-exponents[0]), power_of_two(-exponents[1])};
+  uint4* dst = partial_chunks(args, slot) + half * kChunks<Partial> * 128 + threadIdx.x % 128;
 #pragma unroll
   for (int i = 0; i < kChunks<Partial>; ++i) {
     __stcg(dst + i * 128, Format::pack(output + i * 2 * Format::kPairs, scale));
+  }
+  return make_int2(exponents[0], exponents[1]);
+}
+
+// Writes what they are relative to.
+__device__ __forceinline__ void store_stats(const DecodeArgs& args, int slot, int half, int row,
+                                            const RowPair& max, const RowPair& sum,
+                                            const int2& exponents) {
+  if (threadIdx.x % 4 != 0) return;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int exponent = e == 0 ? exponents.x : exponents.y;
+    __stcg(partial_stats(args, slot, half, row + 8 * e),
+           make_float2(max.v[e] + exponent, sum.v[e] * power_of_two(-exponent)));
   }
 }
 
