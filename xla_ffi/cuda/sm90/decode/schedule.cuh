@@ -258,16 +258,16 @@ __device__ inline void part_of_many(const int32_t* seqlens, int b, int max_token
   const int most_aligned = size + 2 + size / 16;  // better than packed up to here
   int aligned = INT32_MAX;  // the smallest size for which the parts suffice, if at most that
   if (b <= num_parts) {
-    int low = grid.parts.ceil(total);
+    int low = grid.parts.ceil(total), tried = low;  // for equal lengths that is often it
     aligned = min(b < num_parts ? min(longest, grid.spare.ceil(total)) : longest, most_aligned + 1);
     while (low < aligned) {
-      const int middle = (low + aligned) / 2;
-      const Divisor by_middle(middle);
-      if (warp_sum(sum_of([&](int n) { return by_middle.ceil(n); })) <= num_parts) {
-        aligned = middle;
+      const Divisor by_tried(tried);
+      if (warp_sum(sum_of([&](int n) { return by_tried.ceil(n); })) <= num_parts) {
+        aligned = tried;
       } else {
-        low = middle + 1;
+        low = tried + 1;
       }
+      tried = (low + aligned) / 2;
     }
   }
   if (aligned <= most_aligned) {
