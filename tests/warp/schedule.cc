@@ -18,8 +18,8 @@ inline float reciprocal_approx(float x) {
 
 #include "../../xla_ffi/cuda/sm90/decode/schedule.cuh"
 
-// What CTAs find, `num_ctas` of them, given the groups of each height of tiles; of those heights too
-// the groups and parts of the grid.
+// What CTAs find, `num_ctas` of them, given the groups of each height of tiles; of those heights
+// too the groups and parts of the grid.
 extern "C" void find_parts(const int32_t* seqlens, int b, int max_tokens, const int64_t* groups,
                            int num_ctas, int reciprocal_error, mla::Part* parts,
                            mla::Pieces* pieces, int* grid_groups, int* grid_parts) {

@@ -128,7 +128,7 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
   const int member = warp % team, step = 8 / team;
   const auto row_group_of = [&](int i) { return (c.first_unit + i) >> kRowGroupShift<Partial>; };
   const auto chunk_of = [&](int i) {
-    return (c.first_unit + i) & ((1 << kRowGroupShift<Partial>) - 1);
+    return (c.first_unit + i) & ((1 << kRowGroupShift<Partial>)-1);
   };
   // Where a unit's first pieces lie, the first and the second that this thread copies.
   const int stats_member = member + lane / 8 * team, pair = lane % 8;  // of rows

@@ -31,6 +31,7 @@ struct Decode {
   using Mma = wgmma::Mma<T>;
   static constexpr int kBlockShift = 6;                // log2 of the tokens of a block
   static constexpr int kMaxPages = kBlockTokens / 16;  // of a block, with the smallest pages
+  static constexpr int kLongPart = 128;                // blocks
 
   // ---- Copies ----
 
@@ -59,20 +60,17 @@ struct Decode {
     return i == kBoxes - 1 ? i : i ^ (buffer << 1);
   }
 
-  // Copies one block into a buffer as soon as it is free. `pages` are the block's; past the end
-  // none: zeros.
+  // Copies one block into a buffer: each half as soon as it is free if `early`, else both when both
+  // are. `pages` are the block's; past the end none: zeros.
   template <int kBuffer, int kPages>
   __device__ __forceinline__ static void copy_block(const DecodeArgs& args, const CacheMaps& maps,
                                                     Shared& shared, const Place& place, int block,
                                                     const int (&pages)[kPages], uint32_t& uses,
-                                                    uint64_t policy) {
+                                                    uint64_t policy, bool early) {
     const int row = block * kBlockTokens & (args.page_size - 1);
     const bool used = uses > 0;  // before, so that it must have been given back
     const uint32_t parity = (uses - 1) & 1;
     ++uses;
-    // The half that is given back first is copied first. With many tiles to a block, arithmetic
-    // binds, and scores that start early only take tensor cores from what gives the rest back.
-    const bool early = place.groups <= 2;
 #pragma unroll
     for (int i = 0; i < kBoxes; ++i) {
       const int box = box_in_order(kBuffer, i), first = 2 * box;
@@ -109,11 +107,19 @@ struct Decode {
   template <int kPages>
   __device__ static void produce_cache(const DecodeArgs& args, const CacheMaps& maps,
                                        Shared& shared, Place place) {
+    const Part& part = shared.part;
     const int shift = kPages == 1 ? kBlockShift : args.page_shift;  // log2 of a copy's tokens
-    const uint64_t policy = ptx::l2_evict_first_policy();
+    // Tiles that share a block do not keep in step. With more than two, half of the lines stay for
+    // those that come late.
+    const uint64_t policy =
+        place.groups > 2 ? ptx::l2_evict_half_first_policy() : ptx::l2_evict_first_policy();
+    // Where arithmetic binds, scores that start early only take tensor cores from what gives the
+    // rest back: with many tiles to a block, and in long parts, where power does. There two CTAs
+    // that copy at once keep in step, and L2 is asked once for both.
+    const bool early = place.groups <= 2 && part.size <= kLongPart;
     uint32_t uses[2] = {0, 0};  // of each buffer
 
-    for_each_item(args, shared.part, [&](const Item& item) {
+    for_each_item(args, part, [&](const Item& item) {
       const int32_t* table = args.block_table + int64_t{item.seq} * args.max_pages_per_seq;
       const auto find_pages = [&](int block, int(&pages)[kPages]) {
 #pragma unroll
@@ -129,10 +135,10 @@ struct Decode {
       find_pages(item.begin + 1, odd);
 #pragma unroll 1
       for (int block = item.begin; block < item.end; block += 2) {
-        copy_block<0>(args, maps, shared, place, block, even, uses[0], policy);
+        copy_block<0>(args, maps, shared, place, block, even, uses[0], policy, early);
         find_pages(block + 2, even);
         if (block + 1 == item.end) break;
-        copy_block<1>(args, maps, shared, place, block + 1, odd, uses[1], policy);
+        copy_block<1>(args, maps, shared, place, block + 1, odd, uses[1], policy, early);
         find_pages(block + 3, odd);
       }
     });

@@ -215,7 +215,8 @@ __device__ inline Part part_of_one(int tokens, int cta, const Grid (&grids)[kTil
   return found;
 }
 
-// The part of the `cta`-th CTA, of two or more sequences; called by one whole warp, the result is in
+// The part of the `cta`-th CTA, of two or more sequences; called by one whole warp, the result is
+// in
 // `*result`. Each lane keeps the blocks of its first kHeld sequences in registers; with one, they
 // are all that it has.
 template <int kHeld>
