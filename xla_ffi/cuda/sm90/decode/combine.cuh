@@ -123,13 +123,12 @@ template <typename T, typename Partial, typename Wait>
 __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait) {
   using Format = PartialFormat<Partial>;
   constexpr int kPairs = Format::kPairs;
+  constexpr int kUnits = 1 << kRowGroupShift<Partial>;  // of 16 rows
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pieces = c.pieces;
   const int team = c.units > 4 ? 1 : c.units > 2 ? 2 : c.units > 1 ? 4 : 8;  // warps of a unit
   const int member = warp % team, step = 8 / team;
   const auto row_group_of = [&](int i) { return (c.first_unit + i) >> kRowGroupShift<Partial>; };
-  const auto chunk_of = [&](int i) {
-    return (c.first_unit + i) & ((1 << kRowGroupShift<Partial>)-1);
-  };
+  const auto chunk_of = [&](int i) { return (c.first_unit + i) & (kUnits - 1); };
   // Where a unit's first pieces lie, the first and the second that this thread copies.
   const int stats_member = member + lane / 8 * team, pair = lane % 8;  // of rows
   const uint4 *chunk, *next_chunk;
@@ -143,8 +142,8 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
     stats = partial_stats(c.args, c.slot_of(stats_member), half, row);
     next_stats = partial_stats(c.args, c.slot_of(stats_member + 4 * team), half, row);
   };
-  const int64_t chunk_stride = team * c.slot_stride * c.args.slot_chunks;
-  const int stats_stride = 4 * team * c.slot_stride * 2 * kTileRows;
+  const int64_t chunk_stride = c.args.slot_chunks * team * c.slot_stride;
+  const int64_t stats_stride = int64_t{4} * team * c.slot_stride * 2 * kTileRows;
 
   int i = warp / team;
   locate(i);  // while others are still writing

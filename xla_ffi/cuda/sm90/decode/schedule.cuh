@@ -215,10 +215,8 @@ __device__ inline Part part_of_one(int tokens, int cta, const Grid (&grids)[kTil
   return found;
 }
 
-// The part of the `cta`-th CTA, of two or more sequences; called by one whole warp, the result is
-// in
-// `*result`. Each lane keeps the blocks of its first kHeld sequences in registers; with one, they
-// are all that it has.
+// What find_part() finds for two or more sequences. Each lane keeps the blocks of its first kHeld
+// sequences in registers; with one, they are all that it has.
 template <int kHeld>
 __device__ inline void part_of_many(const int32_t* seqlens, int b, int max_tokens, int cta,
                                     const Grid (&grids)[kTileHeights], Part* result) {
