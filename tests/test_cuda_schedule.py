@@ -67,6 +67,11 @@ def find(library, lengths, rows, h_kv, sms, max_tokens, error):
     (height,) = set(parts["height"].tolist())
     num, count = counts[height], groups[height]
     assert count == wanted[height]  # all rows have a tile
+    total = sum(blocks_of(lengths, max_tokens)[1])
+    # Blocks of a part and of combining it: about the least that a height can have.
+    lower = [i for i in (1, 2) if wanted[i - 1] < wanted[i] <= ctas]
+    costs = {i: -(-total // (ctas // wanted[i])) + (4 >> i) for i in (0, *lower)}
+    assert costs[height] <= min(costs.values()) + 2
     # CTAs that go through the same blocks agree; those that are left over have nothing.
     used, left = parts[: num * count].reshape(num, count), parts[num * count :]
     assert (used == used[:, :1]).all()
@@ -95,6 +100,10 @@ def check(library, lengths, *, rows=16, h_kv=1, sms=132, max_tokens=1 << 20, err
         assert work <= part["size"]
         works.append(work)
     assert done == blocks
+    size = max(parts["size"])
+    if parts["one_sequence"].all() and size > 1 and max(blocks) <= 64 * (size - 1):
+        needed = sum(-(-n // (size - 1)) for n in blocks)
+        assert needed > len(parts)  # a smaller one would not do
 
     # Who combines a split sequence: those for whom it is the last, and parts without work.
     shares, helpers = [[] for _ in lengths], [set() for _ in lengths]
