@@ -73,15 +73,12 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// What is copied so is the first to leave L2; of the second kind, every other line.
-__device__ __forceinline__ uint64_t l2_evict_first_policy() {
+// Such a fraction of the lines that are copied so is the first to leave L2.
+__device__ __forceinline__ uint64_t l2_evict_first_policy(float fraction) {
   uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ uint64_t l2_evict_half_first_policy() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 0.5;" : "=l"(policy));
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, %1;"
+               : "=l"(policy)
+               : "f"(fraction));
   return policy;
 }
 

@@ -163,7 +163,7 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
       ptx::copy_async_16(&gathered[s].chunks[lane], chunk);
       chunk = s == member ? next_chunk : chunk + chunk_stride;
     }
-    locate(i + step);
+    locate(i + step);  // after the last one for nobody, which takes less than a branch
   }
   ptx::copy_async_wait();
   __syncwarp();

@@ -107,12 +107,12 @@ struct Decode {
   template <int kPages>
   __device__ static void produce_cache(const DecodeArgs& args, const CacheMaps& maps,
                                        Shared& shared, Place place) {
-    const Part& part = shared.part;
+    const Part part = shared.part;                                  // one wait for all of it
     const int shift = kPages == 1 ? kBlockShift : args.page_shift;  // log2 of a copy's tokens
     // Tiles that share a block do not keep in step. With more than two, half of the lines stay for
     // those that come late.
     const uint64_t policy =
-        place.groups > 2 ? ptx::l2_evict_half_first_policy() : ptx::l2_evict_first_policy();
+        place.groups > 2 ? ptx::l2_evict_first_policy(0.5f) : ptx::l2_evict_first_policy(1.f);
     // Where arithmetic binds, scores that start early only take tensor cores from what gives the
     // rest back: with many tiles to a block, and in long parts, where power does. There two CTAs
     // that copy at once keep in step, and L2 is asked once for both.
@@ -420,7 +420,7 @@ struct Decode {
       const int slot = fixed ? blockIdx.x : partial_slot(blockIdx.x, first);
       const int tile_rows = place.end_row - place.first_row;
       const bool writes = !whole && threadIdx.x % 128 / 32 * 16 < tile_rows;
-      int2 exponents = {};
+      Exponents exponents = {};
       if (writes) {
         exponents = is_half(args, tile_rows) ? store_values<__half>(args, slot, half, output)
                                              : store_values<float>(args, slot, half, output);
@@ -504,11 +504,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
 
   if (warp == 8) {
-    if (threadIdx.x % 32 == 0) {
-      ptx::prefetch_tensor_map(&query_maps.values[0]);
-      ptx::prefetch_tensor_map(&cache_maps.two);
-      ptx::prefetch_tensor_map(&cache_maps.one);
-    }
     const int max_tokens = args.max_pages_per_seq * args.page_size;
     if (args.fixed_pieces > 0) {
       if (threadIdx.x % 32 == 0) {
@@ -529,6 +524,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::named_barrier_arrive(kMbarriersReady, 64);
     } else if (ptx::kRacecheck) {
       ptx::named_barrier_sync(kOthers, kThreads - 64);
+    }
+    // Not by the warp that looks for the part: the maps' address lies in another line of constants.
+    if (threadIdx.x == 288) {
+      ptx::prefetch_tensor_map(&query_maps.values[0]);
+      ptx::prefetch_tensor_map(&cache_maps.two);
+      ptx::prefetch_tensor_map(&cache_maps.one);
     }
     const int64_t entry = int64_t{threadIdx.x} * 32;
     const int64_t entries = int64_t{args.b} * args.max_pages_per_seq;

@@ -8,6 +8,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../wgmma.cuh"
@@ -23,27 +24,31 @@ inline constexpr int kBoxes = 5;      // copies that bring a block: four of two 
 inline constexpr int kConsumerThreads = 256;
 inline constexpr int kThreads = 384;
 
+// What is needed first comes first: arguments begin at 0x210 of the constant bank, and each further
+// line of 256 bytes costs 500 cycles at a kernel's start.
 struct DecodeArgs {
-  const int32_t* block_table;
   const int32_t* seqlens;
-  void* out;
-  float* lse;
-  uint4* partial_out;  // partial results of split sequences, see partial.cuh
+  const int32_t* block_table;
+  int b;
+  int max_pages_per_seq;
+  int page_size, page_shift;  // a power of two, and its log2
+  int fixed_pieces;           // batch-invariant: the most pieces of a sequence; else 0
+  int rows;                   // s_q * G
+  KnownDivisor h_kv;
+  Grid grids[kTileHeights];
+  bool cooperative;  // pieces of a sequence wait for each other
+  bool causal;
+  int s_q, h_q;
+  KnownDivisor heads_per_kv;  // G = h_q / h_kv
+  float scale_log2;           // softmax_scale * log2(e)
+  uint32_t* counters;         // [CTAs], garbage until counters_clear
+  uint4* partial_out;         // partial results of split sequences, see partial.cuh
   float2* partial_stats;
   int64_t slot_chunks;  // from one partial result to the next in partial_out
-  uint32_t* counters;   // [CTAs], garbage until counters_clear
-  int b, s_q, h_q;
-  KnownDivisor h_kv;
-  KnownDivisor heads_per_kv;  // G = h_q / h_kv
-  int rows;                   // s_q * G
-  int page_size, page_shift;  // a power of two, and its log2
-  int max_pages_per_seq;
-  Grid grids[kTileHeights];
-  int fixed_pieces;  // batch-invariant: the most pieces of a sequence; else 0
-  bool cooperative;  // pieces of a sequence wait for each other
-  float scale_log2;  // softmax_scale * log2(e)
-  bool causal;
+  void* out;
+  float* lse;
 };
+static_assert(offsetof(DecodeArgs, counters) <= 0x300 - 0x210);
 
 // Where a CTA stands in the grid: blockIdx.x = part * groups + group.
 struct Place {

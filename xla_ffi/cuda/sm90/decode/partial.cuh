@@ -100,31 +100,35 @@ __device__ __forceinline__ float2* partial_stats(const DecodeArgs& args, int slo
 // Warps that write a partial result of `rows` rows, in both halves.
 __device__ __forceinline__ int partial_writers(int rows) { return 2 * ((rows + 15) / 16); }
 
-// Writes the values of one warpgroup, and returns the exponents of this thread's two rows.
+// Of the scales of a thread's two rows.
+struct Exponents {
+  int v[2];
+};
+
+// Writes the values of one warpgroup.
 template <typename Partial>
-__device__ __forceinline__ int2 store_values(const DecodeArgs& args, int slot, int half,
-                                             const float (&output)[128]) {
+__device__ __forceinline__ Exponents store_values(const DecodeArgs& args, int slot, int half,
+                                                  const float (&output)[128]) {
   using Format = PartialFormat<Partial>;
-  const int exponents[2] = {Format::exponent(output, 0), Format::exponent(output, 1)};
-  const float scale[2] = {power_of_two(-exponents[0]), power_of_two(-exponents[1])};
+  const Exponents exponents = {Format::exponent(output, 0), Format::exponent(output, 1)};
+  const float scale[2] = {power_of_two(-exponents.v[0]), power_of_two(-exponents.v[1])};
   uint4* dst = partial_chunks(args, slot) + half * kChunks<Partial> * 128 + threadIdx.x % 128;
 #pragma unroll
   for (int i = 0; i < kChunks<Partial>; ++i) {
     __stcg(dst + i * 128, Format::pack(output + i * 2 * Format::kPairs, scale));
   }
-  return make_int2(exponents[0], exponents[1]);
+  return exponents;
 }
 
 // Writes what they are relative to.
 __device__ __forceinline__ void store_stats(const DecodeArgs& args, int slot, int half, int row,
                                             const RowPair& max, const RowPair& sum,
-                                            const int2& exponents) {
+                                            const Exponents& exponents) {
   if (threadIdx.x % 4 != 0) return;
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    const int exponent = e == 0 ? exponents.x : exponents.y;
     __stcg(partial_stats(args, slot, half, row + 8 * e),
-           make_float2(max.v[e] + exponent, sum.v[e] * power_of_two(-exponent)));
+           make_float2(max.v[e] + exponents.v[e], sum.v[e] * power_of_two(-exponents.v[e])));
   }
 }
 

@@ -199,8 +199,8 @@ __device__ inline Part part_of_one(int tokens, int cta, const Grid (&grids)[kTil
   const Grid grid = grids[height];
   const int num_parts = grid.parts.value, part = grid.groups.floor(cta);
   const int size = without_many_pieces(grid.parts.ceil(blocks), blocks);
-  const int begin = part * size, pieces = Divisor(size).ceil(blocks);
-  Part found = {height, 1, 0, -1, 0, 0, true, size, 0, 0, 0, pieces * size, -1};
+  const int begin = part * size;
+  Part found = {height, 1, 0, -1, 0, 0, true, size, 0, 0, 0, blocks, -1};
   if (part >= num_parts) return found;
   found.end_seq = 0;
   found.end_seq_last_at = blocks - 1;
@@ -210,7 +210,7 @@ __device__ inline Part part_of_one(int tokens, int cta, const Grid (&grids)[kTil
     found.begin_tokens = tokens;
     found.end_block = min(begin + size, blocks);
   } else {
-    found.helper = part - pieces;
+    found.helper = part - Divisor(size).ceil(blocks);
   }
   return found;
 }
@@ -360,7 +360,7 @@ __device__ __forceinline__ Pieces find_pieces(const Part& part, int num_parts, i
   const Divisor by_size(part.size);
   return {by_size.floor(part.begin_seq_at), by_size.floor(part.end_seq_at),
           by_size.floor(part.end_seq_last_at),
-          part.one_sequence ? spare_helpers(num_parts, by_size.floor(part.line_end), b) : 0};
+          part.one_sequence ? spare_helpers(num_parts, by_size.ceil(part.line_end), b) : 0};
 }
 
 }  // namespace mla
