@@ -43,10 +43,7 @@ __device__ __forceinline__ void clear_counters(const DecodeArgs& args, uint64_t*
 // Tells the others that this warp's share of the CTA's piece is written.
 __device__ __forceinline__ void announce_partial(uint32_t* counter) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) {
-    ptx::fence_gpu();
-    ptx::increment(counter);
-  }
+  if (threadIdx.x % 32 == 0) ptx::release_increment(counter);
 }
 
 // What a warp brings together of one piece for a unit: one chunk a thread, and what the values of

@@ -115,10 +115,12 @@ struct Item {
   int parity;      // of the item's number within the CTA
 };
 
-// What a CTA without work does: a rehearsal of what others will do. By the time that a kernel of
-// the model's next layer starts, weights have pushed its code out of L2, and each miss is a
-// thousand cycles. Who has nothing to wait for gets to the code before the others, so that they
-// find it in L2. Nothing of a rehearsal is used.
+// What the last CTAs do where they have no work: a rehearsal of what others will do. By the time
+// that a kernel of the model's next layer starts, weights have pushed its code out of L2, and each
+// miss is a thousand cycles. Who has nothing to wait for gets to the code before the others, so
+// that they find it in L2. Two of a kind are enough, and more take from the others: SMs share what
+// brings them code. Nothing of a rehearsal is used.
+inline constexpr int kRehearsers = 6;
 enum class Rehearsal {
   kNone,
   kBlock,    // a block past the end of all sequences, and what follows it in an item
@@ -126,7 +128,8 @@ enum class Rehearsal {
   kCombine,  // a combination of no pieces
 };
 __device__ __forceinline__ Rehearsal rehearsal_of(const DecodeArgs& args, const Part& part) {
-  if (!args.cooperative || part.begin_seq <= part.end_seq) return Rehearsal::kNone;
+  const bool idle = args.cooperative && part.begin_seq > part.end_seq;
+  if (!idle || blockIdx.x + kRehearsers < gridDim.x) return Rehearsal::kNone;
   return static_cast<Rehearsal>(1 + blockIdx.x % 3);
 }
 
