@@ -95,6 +95,7 @@ inline int __shfl_up_sync(unsigned, int v, int delta) {
   const int64_t* all = warp::meet(v);
   return static_cast<int>(all[warp::current >= delta ? warp::current - delta : warp::current]);
 }
+inline int __shfl_sync(unsigned, int v, int lane) { return static_cast<int>(warp::meet(v)[lane]); }
 inline void __syncwarp() { warp::meet(0); }
 
 inline int32_t __ldg(const int32_t* p) { return *p; }

@@ -139,6 +139,18 @@ class Divisor {
 };
 
 __device__ __forceinline__ int warp_sum(int v) { return __reduce_add_sync(0xFFFFFFFFu, v); }
+__device__ __forceinline__ int warp_max(int v) { return __reduce_max_sync(0xFFFFFFFFu, v); }
+
+// The sum over this lane and those before it.
+__device__ __forceinline__ int warp_scan(int v) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int other = __shfl_up_sync(0xFFFFFFFFu, v, d);
+    if (lane >= d) v += other;
+  }
+  return v;
+}
 
 // Blocks that starting a sequence costs (query load, pipeline fill, epilogue).
 inline constexpr int kSequenceOverhead = 3;
@@ -215,30 +227,132 @@ __device__ inline Part part_of_one(int tokens, int cta, const Grid (&grids)[kTil
   return found;
 }
 
-// What find_part() finds for two or more sequences. Each lane keeps the blocks of its first kHeld
-// sequences in registers; with one, they are all that it has.
-template <int kHeld>
+// How the line is cut.
+struct Cut {
+  int size;  // of a part
+  int gap;   // before each sequence; none: aligned
+
+  // What a sequence takes of the line.
+  __device__ __forceinline__ int cost(int blocks, const Divisor& by_size) const {
+    return gap > 0 ? blocks + gap : blocks <= size ? size : by_size.ceil(blocks) * size;
+  }
+};
+
+// Chooses it for `b` sequences, two or more, whose blocks are `total`, the most of one `longest`.
+// pieces_by(divisor) is how many pieces they all have in parts of that size.
+template <typename Pieces>
+__device__ __forceinline__ Cut choose_cut(const Grid& grid, int b, int total, int longest,
+                                          Pieces&& pieces_by) {
+  const int num_parts = grid.parts.value;
+  const int packed = grid.parts.ceil(total + b * kSequenceOverhead);
+  const int most_aligned = packed + 2 + packed / 16;  // better than packed up to here
+  int aligned = INT32_MAX;  // the smallest size for which the parts suffice, if at most that
+  if (b <= num_parts) {
+    int low = grid.parts.ceil(total), tried = low;  // for equal lengths that is often it
+    aligned = min(b < num_parts ? min(longest, grid.spare.ceil(total)) : longest, most_aligned + 1);
+    while (low < aligned) {
+      if (pieces_by(Divisor(tried)) <= num_parts) {
+        aligned = tried;
+      } else {
+        low = tried + 1;
+      }
+      tried = (low + aligned) / 2;
+    }
+  }
+  if (aligned <= most_aligned) return {without_many_pieces(aligned, longest), 0};
+  // Packed, and if that costs little, rounded so that sequences of one length end at a cut.
+  const int whole =
+      Divisor(longest + kSequenceOverhead).ceil(packed) * (longest + kSequenceOverhead);
+  // Of millions of sequences the quotient may be too small.
+  const bool rounds = whole >= packed && whole - packed <= 2 + packed / 32;
+  return {rounds ? whole : packed, kSequenceOverhead};
+}
+
+// What find_part() finds for 2 to 32 sequences: each lane has one, and some lanes write what they
+// know of the result, each other fields.
+__device__ inline void part_of_few(const int32_t* seqlens, int b, int max_tokens, int cta,
+                                   const Grid (&grids)[kTileHeights], Part* result) {
+  const int lane = threadIdx.x % 32;
+  const int tokens = lane < b ? sequence_tokens(seqlens, lane, max_tokens) : 0;
+  const int blocks = lane < b ? sequence_blocks(tokens) : 0;
+  const int total = warp_sum(blocks), longest = warp_max(blocks);
+  const int height = choose_height(grids, total);
+  const Grid& grid = grids[height];
+  const int num_parts = grid.parts.value, part = grid.groups.floor(cta);
+  const Cut cut = choose_cut(grid, b, total, longest, [&](const Divisor& by_size) {
+    return warp_sum(by_size.ceil(blocks));
+  });
+
+  const Divisor by_size(cut.size);
+  const int cost = lane < b ? cut.cost(blocks, by_size) : 0;
+  const int stop = warp_scan(cost), start = stop - cost, at = start + cut.gap;
+  const int line_end = __shfl_sync(0xFFFFFFFFu, stop, 31);
+  const int blocks_before = __shfl_up_sync(0xFFFFFFFFu, blocks, 1);
+  const int begin = part * cut.size, end = begin + cut.size;
+  const bool works = part < num_parts && begin < line_end;
+  if (lane == 0) {
+    result->height = height;
+    result->size = cut.size;
+    result->one_sequence = cut.gap == 0;
+    result->line_end = line_end;
+  }
+  if (works) {
+    if (start <= begin && begin < stop) {
+      result->begin_seq = lane;
+      result->begin_block = max(begin - at, 0);
+      result->begin_tokens = tokens;
+      result->begin_seq_at = at;
+      result->helper = -1;
+    }
+    if (start < end && (end <= stop ? lane < b : lane == b - 1)) {
+      // A part whose cut falls in the gap ends with the predecessor.
+      const bool before = end <= at && lane > 0;
+      const int seq = before ? lane - 1 : lane, n = before ? blocks_before : blocks;
+      const int seq_at = before ? start - n : at;
+      result->end_seq = end > seq_at ? seq : -1;
+      result->end_block = min(end - seq_at, n);
+      result->end_seq_at = seq_at;
+      result->end_seq_last_at = seq_at + n - 1;
+    }
+  } else {
+    // It may help.
+    const int used = by_size.floor(line_end), idle = part - used;
+    const int helpers = part < num_parts && cut.gap == 0 ? spare_helpers(num_parts, used, b) : 0;
+    const int seq = idle < helpers * b ? Divisor(helpers).floor(idle) : 0;
+    if (lane == seq) {
+      const bool helps = idle < helpers * b;
+      result->begin_seq = b;
+      result->begin_block = result->begin_tokens = result->begin_seq_at = result->end_block = 0;
+      result->end_seq = helps ? seq : -1;
+      result->end_seq_at = start;
+      result->end_seq_last_at = start + blocks - 1;
+      result->helper = helps ? idle - seq * helpers : -1;
+    }
+  }
+  __syncwarp();
+}
+
+// What find_part() finds for more sequences. Each lane keeps the blocks of its first ones in
+// registers.
 __device__ inline void part_of_many(const int32_t* seqlens, int b, int max_tokens, int cta,
                                     const Grid (&grids)[kTileHeights], Part* result) {
   // A lane's sequences are neighbours: one scan of the lanes' sums says where all of them lie.
-  const int lane = threadIdx.x % 32, each = kHeld == 1 ? 1 : (b + 31) / 32;
+  const int lane = threadIdx.x % 32, each = (b + 31) / 32;
   const int first = min(lane * each, b), last = min(first + each, b);
   const auto blocks_of = [&](int i) {
     return sequence_blocks(sequence_tokens(seqlens, i, max_tokens));
   };
-  int held[kHeld];
+  int held[kHeldSequences];
 #pragma unroll
-  for (int j = 0; j < kHeld; ++j) held[j] = first + j < last ? blocks_of(first + j) : 0;
+  for (int j = 0; j < kHeldSequences; ++j) held[j] = first + j < last ? blocks_of(first + j) : 0;
   const auto sum_of = [&](auto&& cost_of) {
     int sum = 0;
 #pragma unroll
-    for (int j = 0; j < kHeld; ++j) {
+    for (int j = 0; j < kHeldSequences; ++j) {
       if (held[j] > 0) sum += cost_of(held[j]);
     }
-    if constexpr (kHeld > 1) {
 #pragma unroll 1
-      for (int i = first + kHeld; i < last; ++i) sum += cost_of(blocks_of(i));
-    }
+    for (int i = first + kHeldSequences; i < last; ++i) sum += cost_of(blocks_of(i));
     return sum;
   };
 
@@ -247,37 +361,15 @@ __device__ inline void part_of_many(const int32_t* seqlens, int b, int max_token
     longest = max(longest, n);
     return n;
   }));
-  longest = __reduce_max_sync(0xFFFFFFFFu, longest);
+  longest = warp_max(longest);
 
   const int height = choose_height(grids, total);
   const Grid& grid = grids[height];
   const int num_parts = grid.parts.value, part = grid.groups.floor(cta);
-
-  int size = grid.parts.ceil(total + b * kSequenceOverhead), gap = kSequenceOverhead;
-  const int most_aligned = size + 2 + size / 16;  // better than packed up to here
-  int aligned = INT32_MAX;  // the smallest size for which the parts suffice, if at most that
-  if (b <= num_parts) {
-    int low = grid.parts.ceil(total), tried = low;  // for equal lengths that is often it
-    aligned = min(b < num_parts ? min(longest, grid.spare.ceil(total)) : longest, most_aligned + 1);
-    while (low < aligned) {
-      const Divisor by_tried(tried);
-      if (warp_sum(sum_of([&](int n) { return by_tried.ceil(n); })) <= num_parts) {
-        aligned = tried;
-      } else {
-        low = tried + 1;
-      }
-      tried = (low + aligned) / 2;
-    }
-  }
-  if (aligned <= most_aligned) {
-    size = without_many_pieces(aligned, longest);
-    gap = 0;
-  } else {
-    // Packed, and if that costs little, rounded so that sequences of one length end at a cut.
-    const int whole = Divisor(longest + gap).ceil(size) * (longest + gap);
-    // Of millions of sequences the quotient may be too small.
-    if (whole >= size && whole - size <= 2 + size / 32) size = whole;
-  }
+  const Cut cut = choose_cut(grid, b, total, longest, [&](const Divisor& by_size) {
+    return warp_sum(sum_of([&](int n) { return by_size.ceil(n); }));
+  });
+  const int size = cut.size, gap = cut.gap;
 
   if (lane == 0) {  // stays empty past the line's end
     *result = Part{height, b, 0, -1, 0, 0, gap == 0, size, 0, 0, 0, 0, -1};
@@ -286,21 +378,13 @@ __device__ inline void part_of_many(const int32_t* seqlens, int b, int max_token
   if (part >= num_parts) return;
   const Divisor by_size(size);
   const int begin = part * size, end = begin + size;
-  const auto cost_of = [&](int n) {
-    return gap > 0 ? n + gap : n <= size ? size : by_size.ceil(n) * size;
-  };
-  const int sum = sum_of(cost_of);
-  int start = sum;  // where the lane's first sequence starts on the line
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int other = __shfl_up_sync(0xFFFFFFFFu, start, d);
-    if (lane >= d) start += other;
-  }
-  if (lane == 31) result->line_end = start;
-  start -= sum;
+  const auto cost_of = [&](int n) { return cut.cost(n, by_size); };
+  const int sum = sum_of(cost_of), stop = warp_scan(sum);
+  if (lane == 31) result->line_end = stop;
+  int start = stop - sum;  // where the lane's first sequence starts on the line
 #pragma unroll 1
   for (int i = first; i < last && start < end; ++i) {
-    const int n = kHeld == 1 ? held[0] : blocks_of(i), cost = cost_of(n);
+    const int n = blocks_of(i), cost = cost_of(n);
     if (start <= begin && begin < start + cost) {
       result->begin_seq = i;
       result->begin_tokens = sequence_tokens(seqlens, i, max_tokens);
@@ -329,7 +413,7 @@ __device__ inline void part_of_many(const int32_t* seqlens, int b, int max_token
   if (part - used >= helpers * b) return;
   const int seq = Divisor(helpers).floor(part - used);
   if (first <= seq && seq < last) {
-    start -= sum;
+    start = stop - sum;
 #pragma unroll 1
     for (int i = first; i < seq; ++i) start += cost_of(blocks_of(i));
     result->end_seq = seq;
@@ -349,9 +433,9 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
     if (threadIdx.x % 32 == 0) *result = found;
     __syncwarp();
   } else if (b <= 32) {
-    part_of_many<1>(seqlens, b, max_tokens, cta, grids, result);
+    part_of_few(seqlens, b, max_tokens, cta, grids, result);
   } else {
-    part_of_many<kHeldSequences>(seqlens, b, max_tokens, cta, grids, result);
+    part_of_many(seqlens, b, max_tokens, cta, grids, result);
   }
 }
 
