@@ -83,7 +83,7 @@ def flash_mla_with_kvcache(
             `[0, max_pages_per_seq * page_size]`.
         head_dim_v: width of the values, 512 for DeepSeek; at most `d_k`.
         tile_scheduler_metadata: first result of `get_mla_metadata`, as FlashMLA takes it. Checked
-            and not used for now: the implementations schedule inside.
+            and not used: the implementations schedule inside.
         num_splits: second result of `get_mla_metadata`; given if and only if the first is.
         softmax_scale: factor of the scores, a Python number; None is `d_k ** -0.5`.
         causal: query j sees the first `cache_seqlens - s_q + j + 1` tokens instead of all.

@@ -503,7 +503,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       *reinterpret_cast<Shared*>(raw_shared + (1024 - ptx::smem_address(raw_shared) % 1024) % 1024);
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
 
-  if (warp == 8) {
+  if (warp == kCacheWarp) {
     const int max_tokens = args.max_pages_per_seq * args.page_size;
     if (args.fixed_pieces > 0) {
       if (threadIdx.x % 32 == 0) {
@@ -526,7 +526,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::named_barrier_sync(kOthers, kThreads - 64);
     }
     // Not by the warp that looks for the part: the maps' address lies in another line of constants.
-    if (threadIdx.x == 288) {
+    if (threadIdx.x == 32 * kQueryWarp) {
       ptx::prefetch_tensor_map(&query_maps.values[0]);
       ptx::prefetch_tensor_map(&cache_maps.two);
       ptx::prefetch_tensor_map(&cache_maps.one);
@@ -543,18 +543,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   // 168 registers a thread at launch; the copiers' go to the others.
   if (warpgroup == 2) {
     ptx::registers_shrink<56>();
-    if (warp == 8 && ptx::elect_one()) {
+    if (warp == kCacheWarp && ptx::elect_one()) {
       if (args.page_size < kBlockTokens) {
         Kernel::template produce_cache<Kernel::kMaxPages>(args, cache_maps, shared, shared.place);
       } else {
         Kernel::template produce_cache<1>(args, cache_maps, shared, shared.place);
       }
-    } else if (warp == 9 && ptx::elect_one()) {
+    } else if (warp == kQueryWarp && ptx::elect_one()) {
       Kernel::produce_queries(args, query_maps, shared, shared.place);
-    } else if (threadIdx.x == 320 && args.cooperative) {
+    } else if (threadIdx.x == 32 * kCountersWarp && args.cooperative) {
       shared.pieces = find_pieces(shared.part, args.grids[shared.part.height].parts.value, args.b);
       clear_counters(args, &shared.counters_clear);
-    } else if (threadIdx.x == 352 && rehearsal_of(args, shared.part) == Rehearsal::kBlock) {
+    } else if (threadIdx.x == 32 * kRehearsalWarp &&
+               rehearsal_of(args, shared.part) == Rehearsal::kBlock) {
       // Whatever is there is the block.
       ptx::mbarrier_arrive(&shared.query_full);
       for (uint64_t& full : shared.cache_full[0]) ptx::mbarrier_arrive(&full);

@@ -172,6 +172,14 @@ __device__ __forceinline__ float log_sum_exp(float max, float sum) {
   return sum == 0.f ? __builtin_huge_valf() : (max + __log2f(sum)) * 0.6931471805599453f;
 }
 
+// The warps that follow the consumers.
+enum Warp : int {
+  kCacheWarp = 8,      // finds the part and copies its blocks
+  kQueryWarp = 9,      // copies queries
+  kCountersWarp = 10,  // clears the grid's counters
+  kRehearsalWarp = 11,
+};
+
 // Barriers of bar.sync; 0 would be that of __syncthreads.
 enum NamedBarrier : int {
   kEvenWeightsReady = 1,  // buffer 0's weights and maxima are in shared memory
