@@ -59,11 +59,15 @@ def find(library, lengths, rows, h_kv, sms, max_tokens, error):
     """Returns the parts that the CTAs of one group find, and what each knows of the others."""
     wanted = [-(-rows // height) * h_kv for height in HEIGHTS]
     ctas = max(min(sms, MOST_PARTS), wanted[0])
-    parts, pieces = np.zeros(ctas, PART), np.zeros(ctas, PIECES)
     groups, counts = np.zeros(3, np.int32), np.zeros(3, np.int32)
-    out = (ctypes.c_void_p(x.ctypes.data) for x in (parts, pieces, groups, counts))
-    tiles = (ctypes.c_int64 * 3)(*wanted)
-    library.find_parts(ints(lengths), len(lengths), max_tokens, tiles, ctas, error, *out)
+    tiles, found = (ctypes.c_int64 * 3)(*wanted), []
+    for backwards in (False, True):
+        parts, pieces = np.zeros(ctas, PART), np.zeros(ctas, PIECES)
+        out = (ctypes.c_void_p(x.ctypes.data) for x in (parts, pieces, groups, counts))
+        arguments = (ints(lengths), len(lengths), max_tokens, tiles, ctas, error, backwards)
+        library.find_parts(*arguments, *out)
+        found.append(parts)
+    assert (found[0] == found[1]).all()  # no two lanes write the same
     (height,) = set(parts["height"].tolist())
     num, count = counts[height], groups[height]
     assert count == wanted[height]  # all rows have a tile

@@ -35,6 +35,7 @@ inline Lane lanes[kLanes];
 inline ucontext_t scheduler;
 inline int64_t slots[2][kLanes];  // what the lanes bring to a collective, by its phase's parity
 inline int current;
+inline bool reversed;  // whose turn it is first: of two lanes that write alike, the last would win
 inline std::function<void()> body;
 
 inline void enter() {
@@ -55,7 +56,8 @@ inline void run(std::function<void()> f) {
   }
   for (bool any = true; any;) {
     any = false;
-    for (current = 0; current < kLanes; ++current) {
+    for (int i = 0; i < kLanes; ++i) {
+      current = reversed ? kLanes - 1 - i : i;
       if (lanes[current].done) continue;
       swapcontext(&scheduler, &lanes[current].context);
       any |= !lanes[current].done;
