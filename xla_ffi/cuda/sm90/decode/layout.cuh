@@ -118,15 +118,15 @@ struct Item {
 // What the last CTAs do where they have no work: a rehearsal of what others will do. By the time
 // that a kernel of the model's next layer starts, weights have pushed its code out of L2, and each
 // miss is a thousand cycles. Who has nothing to wait for gets to the code before the others, so
-// that they find it in L2. Two of a kind are enough, and more take from the others: SMs share what
-// brings them code. Nothing of a rehearsal is used.
-inline constexpr int kRehearsers = 6;
+// that they find it in L2. Nothing of a rehearsal is used.
 enum class Rehearsal {
   kNone,
   kBlock,    // a block past the end of all sequences, and what follows it in an item
   kResult,   // a partial result of no blocks, and its combination
   kCombine,  // a combination of no pieces
 };
+// Two of each kind are enough, and more take from the others: SMs share what brings them code.
+inline constexpr int kRehearsers = 6;
 __device__ __forceinline__ Rehearsal rehearsal_of(const DecodeArgs& args, const Part& part) {
   const bool idle = args.cooperative && part.begin_seq > part.end_seq;
   if (!idle || blockIdx.x + kRehearsers < gridDim.x) return Rehearsal::kNone;
@@ -176,7 +176,7 @@ __device__ __forceinline__ float log_sum_exp(float max, float sum) {
 enum Warp : int {
   kCacheWarp = 8,      // finds the part and copies its blocks
   kQueryWarp = 9,      // copies queries
-  kCountersWarp = 10,  // clears the grid's counters
+  kCountersWarp = 10,  // finds the pieces, clears the grid's counters
   kRehearsalWarp = 11,
 };
 

@@ -98,7 +98,7 @@ struct Part {
   int begin_tokens;   // of begin_seq
   bool one_sequence;  // no part spans two sequences
   // For find_pieces: the parts' size, and where on the line begin_seq's first block and end_seq's
-  // first and last lie, and the line's end.
+  // first and last lie, and the line's end, which may leave the last part unfilled.
   int size, begin_seq_at, end_seq_at, end_seq_last_at, line_end;
   int helper = -1;  // of a part without work: its number among end_seq's helpers, if it is one
 };
@@ -268,6 +268,15 @@ __device__ __forceinline__ Cut choose_cut(const Grid& grid, int b, int total, in
   return {rounds ? whole : packed, kSequenceOverhead};
 }
 
+// Writes where a part ends: at the cut `end` of the line, in a sequence whose first block lies at
+// `at`, or before its first block.
+__device__ __forceinline__ void write_end(Part* part, int seq, int blocks, int at, int end) {
+  part->end_seq = end > at ? seq : -1;
+  part->end_block = min(end - at, blocks);
+  part->end_seq_at = at;
+  part->end_seq_last_at = at + blocks - 1;
+}
+
 // What find_part() finds for 2 to 32 sequences: each lane has one, and some lanes write what they
 // know of the result, each other fields.
 __device__ inline void part_of_few(const int32_t* seqlens, int b, int max_tokens, int cta,
@@ -307,12 +316,8 @@ __device__ inline void part_of_few(const int32_t* seqlens, int b, int max_tokens
     if (start < end && (end <= stop ? lane < b : lane == b - 1)) {
       // A part whose cut falls in the gap ends with the predecessor.
       const bool before = end <= at && lane > 0;
-      const int seq = before ? lane - 1 : lane, n = before ? blocks_before : blocks;
-      const int seq_at = before ? start - n : at;
-      result->end_seq = end > seq_at ? seq : -1;
-      result->end_block = min(end - seq_at, n);
-      result->end_seq_at = seq_at;
-      result->end_seq_last_at = seq_at + n - 1;
+      const int n = before ? blocks_before : blocks;
+      write_end(result, before ? lane - 1 : lane, n, before ? start - n : at, end);
     }
   } else {
     // It may help.
@@ -398,10 +403,7 @@ __device__ inline void part_of_many(const int32_t* seqlens, int b, int max_token
         blocks = blocks_of(seq);
         at = start - blocks;
       }
-      result->end_seq = end > at ? seq : -1;
-      result->end_block = min(end - at, blocks);
-      result->end_seq_at = at;
-      result->end_seq_last_at = at + blocks - 1;
+      write_end(result, seq, blocks, at, end);
     }
     start += cost;
   }
