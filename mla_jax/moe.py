@@ -21,7 +21,7 @@ from mla_jax.partitioning import TENSOR, cut
 # Enough rows for a matrix product's full rate, few enough for what all experts make of them.
 _TOKENS_AT_A_TIME = 512
 # Of the sums by which a few tokens are multiplied.
-_PARTS = 8
+_PARTS = 4
 
 
 class Mlp(nnx.Module):
@@ -160,7 +160,7 @@ class Experts(nnx.Module):
             """Multiplies row i with expert `ids[i]`: `[n * k, d_in]` to `[n * k, d_out]` float32.
 
             XLA makes sums of it, over parts of d_in: one part alone keeps too little of a GPU busy
-            (169 us on an H100 for one token of DeepSeek-V2-Lite, 8 parts 59, 32 parts 246).
+            (169 us on an H100 for one token of DeepSeek-V2-Lite; 2, 4, 8, 16 parts 58, 55, 58, 67).
             """
             parts = math.gcd(_PARTS, rows.shape[1])
             cut = (n * k, parts, rows.shape[1] // parts)
