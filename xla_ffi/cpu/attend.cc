@@ -6,6 +6,10 @@
 #include <algorithm>
 #include <limits>
 
+#ifdef MLA_HAS_AVX512_BF16
+#include <immintrin.h>
+#endif
+
 namespace mla {
 namespace {
 
@@ -30,7 +34,7 @@ constexpr int64_t RoundUp(int64_t n, int64_t multiple) {
 Scratch::Scratch(const MlaDecodeParams& p) {
   const int64_t rows = RoundUp(std::min<int64_t>(int64_t{p.s_q} * (p.h_q / p.h_kv), kTileRows), 4);
   value_stride = RoundUp(p.d_v, 3 * kMaxLanes);
-  key_stride = std::max(RoundUp(p.d_k, kMaxLanes), value_stride);
+  key_stride = RoundUp(std::max<int64_t>(p.d_k, value_stride), 2 * kMaxLanes);
   const int64_t sizes[] = {rows * key_stride,   kBlockTokens * key_stride,
                            rows * kBlockTokens, rows * value_stride,
                            kTileRows,           kTileRows};
@@ -76,6 +80,19 @@ int64_t ClampedLength(const MlaDecodeParams& p, int32_t seq) {
 #include "cpu/attend_inl.h"
 #undef MLA_NAMESPACE
 #undef MLA_LANES
+#undef MLA_TARGET
+#endif
+
+#ifdef MLA_HAS_AVX512_BF16
+#define MLA_NAMESPACE avx512bf16
+#define MLA_LANES 16
+#define MLA_BF16_DOTS
+#define MLA_TARGET \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")))
+#include "cpu/attend_inl.h"
+#undef MLA_NAMESPACE
+#undef MLA_LANES
+#undef MLA_BF16_DOTS
 #undef MLA_TARGET
 #endif
 

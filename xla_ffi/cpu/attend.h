@@ -13,6 +13,11 @@
 
 #include "mla.h"
 
+// Compilers that know AVX512-BF16.
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
+#define MLA_HAS_AVX512_BF16
+#endif
+
 namespace mla {
 
 constexpr int kTileRows = 32;     // rows that share one conversion of the keys to float32
@@ -29,8 +34,9 @@ struct Tile {
   int64_t token1;  // exclusive, at most the sequence's clamped length
 };
 
-// Working memory of one thread, enough for any tile of one call. Row strides are multiples of three
-// of the widest vectors, the width of a register tile.
+// Working memory of one thread, enough for any tile of one call. value_stride is a multiple of
+// three of the widest vectors, the width of a register tile, key_stride of two, a vector of
+// bfloat16.
 struct Scratch {
   explicit Scratch(const MlaDecodeParams& p);
 
@@ -61,6 +67,11 @@ namespace avx2 {
 void Attend(const MlaDecodeParams& p, const Tile& tile, Scratch& scratch);
 }
 namespace avx512 {
+void Attend(const MlaDecodeParams& p, const Tile& tile, Scratch& scratch);
+}
+#endif
+#ifdef MLA_HAS_AVX512_BF16
+namespace avx512bf16 {
 void Attend(const MlaDecodeParams& p, const Tile& tile, Scratch& scratch);
 }
 #endif

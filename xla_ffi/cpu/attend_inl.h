@@ -3,6 +3,7 @@
 //
 // The arithmetic, for vectors of any width. attend.cc includes this file once per instruction set,
 // with MLA_NAMESPACE, MLA_LANES and MLA_TARGET (the function attribute) defined; hence no guard.
+// MLA_BF16_DOTS says that the set multiplies bfloat16 as it is; else all is multiplied as float32.
 //
 // Plain vector extensions of GCC and Clang: the compiler fuses a * b + c where the target has FMA.
 // Every row goes through the same operations in the same order wherever it lies in a tile.
@@ -12,6 +13,7 @@ namespace {
 
 constexpr int kLanes = MLA_LANES;
 typedef float Floats __attribute__((vector_size(4 * MLA_LANES)));
+typedef float Quad __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(4 * MLA_LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * MLA_LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * MLA_LANES)));
@@ -31,13 +33,24 @@ MLA_INLINE void Store(T* to, const V& v) {
   *reinterpret_cast<Unaligned*>(to) = v;
 }
 
+// Keeps GCC from loading an operand anew for each of its products, which then wait for loads.
+template <typename V>
+MLA_INLINE void Keep(V& x) {
+#if defined(__x86_64__)
+  __asm__("" : "+x"(x));
+#endif
+}
+
 MLA_INLINE float Sum(const Floats& x) {
   float lanes[kLanes];
   Store(lanes, x);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  Quad sum, next;
+  Load(sum, lanes);
+  for (int i = 4; i < kLanes; i += 4) {
+    Load(next, lanes + i);
+    sum += next;
   }
-  return lanes[0];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 // exp(x) for x <= 0 within 2 ulp; 0 below -87; NaN for NaN.
@@ -109,57 +122,185 @@ MLA_TARGET void WidenRow(float* out, const T* x, int64_t d) {
 constexpr int kRowsPerTile = 4;
 constexpr int kTokensPerTile = 3;
 constexpr int kColumnVectors = 3;
-static_assert(kTileRows % kRowsPerTile == 0 && kBlockTokens % kTokensPerTile == 0);
+constexpr int kTokensInL1 = 12;  // of keys, beside four rows of queries
+static_assert(kTileRows % kRowsPerTile == 0 && kBlockTokens % kTokensInL1 == 0);
+static_assert(kTokensInL1 % kTokensPerTile == 0);
 static_assert(kBlockTokens % kMaxLanes == 0);
 #define MLA_UNROLL _Pragma("GCC unroll 4")
 
-// scores[4, 3] = scale * q[4, d] k[3, d]^T.
-MLA_TARGET void Scores(float* scores, const float* q, const float* k, int64_t stride, float scale) {
-  Floats acc[kRowsPerTile][kTokensPerTile];
-  MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-    MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) acc[r][t] = Floats{};
-  }
-  for (int64_t i = 0; i < stride; i += kLanes) {
-    Floats key[kTokensPerTile];
-    MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) Load(key[t], k + t * stride + i);
-    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-      Floats query;
-      Load(query, q + r * stride + i);
-      MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) acc[r][t] += query * key[t];
-    }
-  }
-  MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-    MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) {
-      scores[r * kBlockTokens + t] = scale * Sum(acc[r][t]);
-    }
-  }
-}
+// Products of float32, whatever the inputs are.
+struct AsFloat32 {
+  using Operand = float;
 
-// acc[4, 3 vectors] += weights[4, n] v[n, 3 vectors].
-MLA_TARGET void Values(float* acc, int64_t acc_stride, const float* weights, const float* v,
-                       int64_t v_stride, int64_t n) {
-  Floats sum[kRowsPerTile][kColumnVectors];
-  MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-    MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
-      Load(sum[r][c], acc + r * acc_stride + c * kLanes);
-    }
+  // Reads d channels as operands.
+  template <typename T>
+  MLA_TARGET static void Read(float* out, const T* x, int64_t d) {
+    WidenRow(out, x, d);
   }
-  for (int64_t t = 0; t < n; ++t) {
-    Floats value[kColumnVectors];
-    MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
-      Load(value[c], v + t * v_stride + c * kLanes);
+
+  // scores[4, 3] = scale * q[4, d] k[3, d]^T.
+  MLA_TARGET static void Scores(float* scores, const float* q, const float* k, int64_t stride,
+                                float scale) {
+    Floats acc[kRowsPerTile][kTokensPerTile];
+    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+      MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) acc[r][t] = Floats{};
+    }
+    for (int64_t i = 0; i < stride; i += kLanes) {
+      Floats key[kTokensPerTile];
+      MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) Load(key[t], k + t * stride + i);
+      MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+        Floats query;
+        Load(query, q + r * stride + i);
+        Keep(query);
+        MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) acc[r][t] += query * key[t];
+      }
     }
     MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-      const float weight = weights[r * kBlockTokens + t];
-      MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) sum[r][c] += weight * value[c];
+      MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) {
+        scores[r * kBlockTokens + t] = scale * Sum(acc[r][t]);
+      }
     }
   }
-  MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-    MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
-      Store(acc + r * acc_stride + c * kLanes, sum[r][c]);
+
+  // Brings a block's weights and values, once they are known, into the form that Values takes.
+  static void Prepare(Scratch&, int32_t) {}
+
+  // acc[4, 3 vectors] += weights[4, n] v[n, 3 vectors], from row r and column c on.
+  MLA_TARGET static void Values(Scratch& s, int32_t r0, int64_t c0, int64_t n) {
+    float* acc = s.acc + r0 * s.value_stride + c0;
+    const float *weights = s.scores + r0 * kBlockTokens, *v = s.k + c0;
+    Floats sum[kRowsPerTile][kColumnVectors];
+    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+      MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
+        Load(sum[r][c], acc + r * s.value_stride + c * kLanes);
+      }
+    }
+    for (int64_t t = 0; t < n; ++t) {
+      Floats value[kColumnVectors];
+      MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
+        Load(value[c], v + t * s.key_stride + c * kLanes);
+      }
+      MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+        const float weight = weights[r * kBlockTokens + t];
+        MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) sum[r][c] += weight * value[c];
+      }
+    }
+    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+      MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
+        Store(acc + r * s.value_stride + c * kLanes, sum[r][c]);
+      }
     }
   }
-}
+};
+
+// What a dtype is multiplied as.
+template <typename T>
+struct Products {
+  using As = AsFloat32;
+};
+
+#ifdef MLA_BF16_DOTS
+// Products of bfloat16 by pairs, summed in float32: an instruction does 32. Softmax weights are
+// rounded to bfloat16 for it, as on a GPU. Operands lie where float32 would, in half of the space.
+struct AsBf16 {
+  using Operand = Bf16;
+  static constexpr int kElements = 2 * kLanes;  // of a vector
+
+  MLA_INLINE static void Add(Floats& sum, const Words& a, const Words& b) {
+    sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+
+  static void Read(Bf16* out, const Bf16* x, int64_t d) {
+    __builtin_memcpy(out, x, d * sizeof(Bf16));
+  }
+
+  MLA_TARGET static void Scores(float* scores, const Bf16* q, const Bf16* k, int64_t stride,
+                                float scale) {
+    Floats acc[kRowsPerTile][kTokensPerTile];
+    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+      MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) acc[r][t] = Floats{};
+    }
+    for (int64_t i = 0; i < stride; i += kElements) {
+      Words key[kTokensPerTile];
+      MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) Load(key[t], k + t * stride + i);
+      MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+        Words query;
+        Load(query, q + r * stride + i);
+        Keep(query);
+        MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) Add(acc[r][t], query, key[t]);
+      }
+    }
+    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+      MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) {
+        scores[r * kBlockTokens + t] = scale * Sum(acc[r][t]);
+      }
+    }
+  }
+
+  // Values of tokens 2 i and 2 i + 1, column by column: [kBlockTokens / 2, 2 * value_stride],
+  // behind the keys.
+  static Bf16* Pairs(Scratch& s) {
+    return reinterpret_cast<Bf16*>(s.k) + int64_t{kBlockTokens} * s.key_stride;
+  }
+
+  // A row's weights stay in its place, in the first half of it.
+  MLA_TARGET static void Prepare(Scratch& s, int32_t rows) {
+    for (int64_t i = 0; i < int64_t{rows} * kBlockTokens; i += kBlockTokens) {
+      for (int t = 0; t < kBlockTokens; t += kLanes) {
+        Floats x;
+        Load(x, s.scores + i + t);
+        Store(reinterpret_cast<Bf16*>(s.scores + i) + t, (Halves)_mm512_cvtneps_pbh((__m512)x));
+      }
+    }
+    const Bf16* keys = reinterpret_cast<const Bf16*>(s.k);
+    Bf16* pairs = Pairs(s);
+    for (int t = 0; t < kBlockTokens; t += 2, pairs += 2 * s.value_stride) {
+      for (int64_t c = 0; c < s.value_stride; c += kLanes) {
+        Halves even, odd;
+        Load(even, keys + t * s.key_stride + c);
+        Load(odd, keys + (t + 1) * s.key_stride + c);
+        const Words pair =
+            __builtin_convertvector(even, Words) | __builtin_convertvector(odd, Words) << 16;
+        Store(pairs + 2 * c, pair);
+      }
+    }
+  }
+
+  MLA_TARGET static void Values(Scratch& s, int32_t r0, int64_t c0, int64_t n) {
+    float* acc = s.acc + r0 * s.value_stride + c0;
+    const float* weights = s.scores + r0 * kBlockTokens;
+    const Bf16* v = Pairs(s) + 2 * c0;
+    Floats sum[kRowsPerTile][kColumnVectors];
+    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+      MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
+        Load(sum[r][c], acc + r * s.value_stride + c * kLanes);
+      }
+    }
+    for (int64_t t = 0; t < n; t += 2) {  // past the end weights and values are 0
+      Words value[kColumnVectors];
+      MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
+        Load(value[c], v + t * s.value_stride + c * kElements);
+      }
+      MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+        uint32_t pair;
+        __builtin_memcpy(&pair, reinterpret_cast<const Bf16*>(weights + r * kBlockTokens) + t, 4);
+        const Words weight = Words{} + pair;
+        MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) Add(sum[r][c], weight, value[c]);
+      }
+    }
+    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+      MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
+        Store(acc + r * s.value_stride + c * kLanes, sum[r][c]);
+      }
+    }
+  }
+};
+
+template <>
+struct Products<Bf16> {
+  using As = AsBf16;
+};
+#endif
 #undef MLA_UNROLL
 
 // Turns a row of scores, of which the first `seen` count, into weights exp(score - top), and brings
@@ -206,6 +347,9 @@ MLA_TARGET void Softmax(float* scores, int64_t seen, float* top, float* total, f
 
 template <typename T>
 MLA_TARGET void AttendAs(const MlaDecodeParams& p, const Tile& tile, Scratch& s) {
+  using As = typename Products<T>::As;
+  using Operand = typename As::Operand;
+  Operand *queries = reinterpret_cast<Operand*>(s.q), *keys = reinterpret_cast<Operand*>(s.k);
   const int64_t group = p.h_q / p.h_kv;
   const int64_t length = ClampedLength(p, tile.seq);
   const int32_t rows = (tile.rows + kRowsPerTile - 1) / kRowsPerTile * kRowsPerTile;
@@ -221,7 +365,7 @@ MLA_TARGET void AttendAs(const MlaDecodeParams& p, const Tile& tile, Scratch& s)
     const int64_t j = (tile.row0 + r) / group;
     const int64_t head = tile.kv_head * group + (tile.row0 + r) % group;
     visible[r] = p.causal ? length - p.s_q + j + 1 : length;
-    WidenRow(s.q + r * s.key_stride,
+    As::Read(queries + r * s.key_stride,
              static_cast<const T*>(p.q) + ((tile.seq * (int64_t)p.s_q + j) * p.h_q + head) * p.d_k,
              p.d_k);
   }
@@ -230,21 +374,24 @@ MLA_TARGET void AttendAs(const MlaDecodeParams& p, const Tile& tile, Scratch& s)
   for (int64_t start = tile.token0; start < tile.token1; start += kBlockTokens) {
     const int64_t n = tile.token1 - start < kBlockTokens ? tile.token1 - start : kBlockTokens;
     for (int64_t t = 0; t < kBlockTokens; ++t) {
-      float* key = s.k + t * s.key_stride;
+      Operand* key = keys + t * s.key_stride;
       const int64_t page = t < n ? table[(start + t) / p.page_size] : -1;
       if (page < 0 || page >= p.num_pages) {
-        __builtin_memset(key, 0, p.d_k * sizeof(float));
+        __builtin_memset(key, 0, p.d_k * sizeof(Operand));
         continue;
       }
       const int64_t slot = page * p.page_size + (start + t) % p.page_size;
-      WidenRow(key, static_cast<const T*>(p.k_cache) + (slot * p.h_kv + tile.kv_head) * p.d_k,
+      As::Read(key, static_cast<const T*>(p.k_cache) + (slot * p.h_kv + tile.kv_head) * p.d_k,
                p.d_k);
     }
-    // Keys outside, rows inside: three keys stay in L1 while all queries pass.
-    for (int64_t t = 0; t < n; t += kTokensPerTile) {
+    // Some keys stay in L1 while all queries pass, each few of them by all these keys.
+    for (int64_t t0 = 0; t0 < n; t0 += kTokensInL1) {
+      const int64_t t1 = t0 + kTokensInL1 < n ? t0 + kTokensInL1 : n;
       for (int32_t r = 0; r < rows; r += kRowsPerTile) {
-        Scores(s.scores + r * kBlockTokens + t, s.q + r * s.key_stride, s.k + t * s.key_stride,
-               s.key_stride, p.softmax_scale);
+        for (int64_t t = t0; t < t1; t += kTokensPerTile) {
+          As::Scores(s.scores + r * kBlockTokens + t, queries + r * s.key_stride,
+                     keys + t * s.key_stride, s.key_stride, p.softmax_scale);
+        }
       }
     }
     for (int32_t r = 0; r < rows; ++r) {
@@ -253,11 +400,9 @@ MLA_TARGET void AttendAs(const MlaDecodeParams& p, const Tile& tile, Scratch& s)
       Softmax(s.scores + r * kBlockTokens, seen, s.top + r, s.total + r, s.acc + r * s.value_stride,
               s.value_stride);
     }
+    As::Prepare(s, rows);
     for (int64_t c = 0; c < s.value_stride; c += kColumnVectors * kLanes) {
-      for (int32_t r = 0; r < rows; r += kRowsPerTile) {
-        Values(s.acc + r * s.value_stride + c, s.value_stride, s.scores + r * kBlockTokens, s.k + c,
-               s.key_stride, n);
-      }
+      for (int32_t r = 0; r < rows; r += kRowsPerTile) As::Values(s, r, c, n);
     }
   }
 }
