@@ -65,6 +65,14 @@ int64_t ClampedLength(const MlaDecodeParams& p, int32_t seq) {
 #undef MLA_TARGET
 
 #if defined(__x86_64__)
+// GCC would halve the vectors. Clang does not, and forgets the whole attribute for what it does not
+// know.
+#ifdef __clang__
+#define MLA_AVX512 "avx512f,avx512bw,avx512dq,avx512vl"
+#else
+#define MLA_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"
+#endif
+
 #define MLA_NAMESPACE avx2
 #define MLA_LANES 8
 #define MLA_TARGET __attribute__((target("avx2,fma")))
@@ -75,8 +83,7 @@ int64_t ClampedLength(const MlaDecodeParams& p, int32_t seq) {
 
 #define MLA_NAMESPACE avx512
 #define MLA_LANES 16
-#define MLA_TARGET \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+#define MLA_TARGET __attribute__((target(MLA_AVX512)))
 #include "cpu/attend_inl.h"
 #undef MLA_NAMESPACE
 #undef MLA_LANES
@@ -87,8 +94,7 @@ int64_t ClampedLength(const MlaDecodeParams& p, int32_t seq) {
 #define MLA_NAMESPACE avx512bf16
 #define MLA_LANES 16
 #define MLA_BF16_DOTS
-#define MLA_TARGET \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")))
+#define MLA_TARGET __attribute__((target(MLA_AVX512 ",avx512bf16")))
 #include "cpu/attend_inl.h"
 #undef MLA_NAMESPACE
 #undef MLA_LANES

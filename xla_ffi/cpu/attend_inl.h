@@ -313,7 +313,7 @@ MLA_TARGET void Softmax(float* scores, int64_t seen, float* top, float* total, f
   for (int64_t t = 0; t < seen; t += kLanes) {
     Floats x;
     Load(x, scores + t);
-    largest = (lane < (int32_t)(seen - t)) & (x > largest) ? x : largest;  // passes NaN over
+    largest = ((lane < (int32_t)(seen - t)) & (x > largest)) ? x : largest;  // passes NaN over
   }
   float highest = *top;
   for (int i = 0; i < kLanes; ++i) highest = largest[i] > highest ? largest[i] : highest;
