@@ -131,6 +131,16 @@ static_assert(kBlockTokens % kMaxLanes == 0);
 // Products of float32, whatever the inputs are.
 struct AsFloat32 {
   using Operand = float;
+  using Vector = Floats;
+  static constexpr int kTerms = 1;  // of a lane in one product
+
+  // sum += a * b, lane by lane.
+  MLA_INLINE static void Add(Floats& sum, const Floats& a, const Floats& b) { sum += a * b; }
+
+  // The weights of kTerms neighbouring tokens in each lane.
+  MLA_INLINE static void Broadcast(Floats& out, const float* weights) {
+    out = *weights - Floats{};  // not plus, which is no copy of -0
+  }
 
   // Reads d channels as operands.
   template <typename T>
@@ -138,59 +148,12 @@ struct AsFloat32 {
     WidenRow(out, x, d);
   }
 
-  // scores[4, 3] = scale * q[4, d] k[3, d]^T.
-  MLA_TARGET static void Scores(float* scores, const float* q, const float* k, int64_t stride,
-                                float scale) {
-    Floats acc[kRowsPerTile][kTokensPerTile];
-    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-      MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) acc[r][t] = Floats{};
-    }
-    for (int64_t i = 0; i < stride; i += kLanes) {
-      Floats key[kTokensPerTile];
-      MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) Load(key[t], k + t * stride + i);
-      MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-        Floats query;
-        Load(query, q + r * stride + i);
-        Keep(query);
-        MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) acc[r][t] += query * key[t];
-      }
-    }
-    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-      MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) {
-        scores[r * kBlockTokens + t] = scale * Sum(acc[r][t]);
-      }
-    }
-  }
-
-  // Brings a block's weights and values, once they are known, into the form that Values takes.
+  // Brings a block's weights and values, once they are known, into the form that Values() takes.
   static void Prepare(Scratch&, int32_t) {}
 
-  // acc[4, 3 vectors] += weights[4, n] v[n, 3 vectors], from row r and column c on.
-  MLA_TARGET static void Values(Scratch& s, int32_t r0, int64_t c0, int64_t n) {
-    float* acc = s.acc + r0 * s.value_stride + c0;
-    const float *weights = s.scores + r0 * kBlockTokens, *v = s.k + c0;
-    Floats sum[kRowsPerTile][kColumnVectors];
-    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-      MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
-        Load(sum[r][c], acc + r * s.value_stride + c * kLanes);
-      }
-    }
-    for (int64_t t = 0; t < n; ++t) {
-      Floats value[kColumnVectors];
-      MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
-        Load(value[c], v + t * s.key_stride + c * kLanes);
-      }
-      MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-        const float weight = weights[r * kBlockTokens + t];
-        MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) sum[r][c] += weight * value[c];
-      }
-    }
-    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-      MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
-        Store(acc + r * s.value_stride + c * kLanes, sum[r][c]);
-      }
-    }
-  }
+  // A block's values, of kTerms neighbouring tokens column by column, and the columns of a token.
+  static const float* BlockValues(const Scratch& s) { return s.k; }
+  static int64_t ValueStride(const Scratch& s) { return s.key_stride; }
 };
 
 // What a dtype is multiplied as.
@@ -204,46 +167,24 @@ struct Products {
 // rounded to bfloat16 for it, as on a GPU. Operands lie where float32 would, in half of the space.
 struct AsBf16 {
   using Operand = Bf16;
-  static constexpr int kElements = 2 * kLanes;  // of a vector
+  using Vector = Words;
+  static constexpr int kTerms = 2;
 
   MLA_INLINE static void Add(Floats& sum, const Words& a, const Words& b) {
     sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+
+  MLA_INLINE static void Broadcast(Words& out, const Bf16* weights) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, weights, sizeof(pair));
+    out = Words{} + pair;
   }
 
   static void Read(Bf16* out, const Bf16* x, int64_t d) {
     __builtin_memcpy(out, x, d * sizeof(Bf16));
   }
 
-  MLA_TARGET static void Scores(float* scores, const Bf16* q, const Bf16* k, int64_t stride,
-                                float scale) {
-    Floats acc[kRowsPerTile][kTokensPerTile];
-    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-      MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) acc[r][t] = Floats{};
-    }
-    for (int64_t i = 0; i < stride; i += kElements) {
-      Words key[kTokensPerTile];
-      MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) Load(key[t], k + t * stride + i);
-      MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-        Words query;
-        Load(query, q + r * stride + i);
-        Keep(query);
-        MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) Add(acc[r][t], query, key[t]);
-      }
-    }
-    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-      MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) {
-        scores[r * kBlockTokens + t] = scale * Sum(acc[r][t]);
-      }
-    }
-  }
-
-  // Values of tokens 2 i and 2 i + 1, column by column: [kBlockTokens / 2, 2 * value_stride],
-  // behind the keys.
-  static Bf16* Pairs(Scratch& s) {
-    return reinterpret_cast<Bf16*>(s.k) + int64_t{kBlockTokens} * s.key_stride;
-  }
-
-  // A row's weights stay in its place, in the first half of it.
+  // A row's weights stay in its place, in the first half of it; the values go behind the keys.
   MLA_TARGET static void Prepare(Scratch& s, int32_t rows) {
     for (int64_t i = 0; i < int64_t{rows} * kBlockTokens; i += kBlockTokens) {
       for (int t = 0; t < kBlockTokens; t += kLanes) {
@@ -253,7 +194,7 @@ struct AsBf16 {
       }
     }
     const Bf16* keys = reinterpret_cast<const Bf16*>(s.k);
-    Bf16* pairs = Pairs(s);
+    Bf16* pairs = const_cast<Bf16*>(BlockValues(s));
     for (int t = 0; t < kBlockTokens; t += 2, pairs += 2 * s.value_stride) {
       for (int64_t c = 0; c < s.value_stride; c += kLanes) {
         Halves even, odd;
@@ -266,34 +207,10 @@ struct AsBf16 {
     }
   }
 
-  MLA_TARGET static void Values(Scratch& s, int32_t r0, int64_t c0, int64_t n) {
-    float* acc = s.acc + r0 * s.value_stride + c0;
-    const float* weights = s.scores + r0 * kBlockTokens;
-    const Bf16* v = Pairs(s) + 2 * c0;
-    Floats sum[kRowsPerTile][kColumnVectors];
-    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-      MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
-        Load(sum[r][c], acc + r * s.value_stride + c * kLanes);
-      }
-    }
-    for (int64_t t = 0; t < n; t += 2) {  // past the end weights and values are 0
-      Words value[kColumnVectors];
-      MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
-        Load(value[c], v + t * s.value_stride + c * kElements);
-      }
-      MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-        uint32_t pair;
-        __builtin_memcpy(&pair, reinterpret_cast<const Bf16*>(weights + r * kBlockTokens) + t, 4);
-        const Words weight = Words{} + pair;
-        MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) Add(sum[r][c], weight, value[c]);
-      }
-    }
-    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
-      MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
-        Store(acc + r * s.value_stride + c * kLanes, sum[r][c]);
-      }
-    }
+  static const Bf16* BlockValues(const Scratch& s) {
+    return reinterpret_cast<const Bf16*>(s.k) + kBlockTokens * s.key_stride;
   }
+  static int64_t ValueStride(const Scratch& s) { return s.value_stride; }
 };
 
 template <>
@@ -301,6 +218,66 @@ struct Products<Bf16> {
   using As = AsBf16;
 };
 #endif
+
+// scores[4, 3] = scale * q[4, d] k[3, d]^T.
+template <typename As>
+MLA_TARGET void Scores(float* scores, const typename As::Operand* q, const typename As::Operand* k,
+                       int64_t stride, float scale) {
+  using Vector = typename As::Vector;
+  Floats acc[kRowsPerTile][kTokensPerTile];
+  MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+    MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) acc[r][t] = Floats{};
+  }
+  for (int64_t i = 0; i < stride; i += As::kTerms * kLanes) {
+    Vector key[kTokensPerTile];
+    MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) Load(key[t], k + t * stride + i);
+    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+      Vector query;
+      Load(query, q + r * stride + i);
+      Keep(query);
+      MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) As::Add(acc[r][t], query, key[t]);
+    }
+  }
+  MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+    MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) {
+      scores[r * kBlockTokens + t] = scale * Sum(acc[r][t]);
+    }
+  }
+}
+
+// acc[4, 3 vectors] += weights[4, n] v[n, 3 vectors], from row r0 and column c0 on.
+template <typename As>
+MLA_TARGET void Values(Scratch& s, int32_t r0, int64_t c0, int64_t n) {
+  using Operand = typename As::Operand;
+  using Vector = typename As::Vector;
+  constexpr int kRow = kBlockTokens * sizeof(float) / sizeof(Operand);  // of weights
+  float* acc = s.acc + r0 * s.value_stride + c0;
+  const Operand* weights = reinterpret_cast<const Operand*>(s.scores) + r0 * kRow;
+  const Operand* v = As::BlockValues(s) + As::kTerms * c0;
+  const int64_t v_stride = As::ValueStride(s);
+  Floats sum[kRowsPerTile][kColumnVectors];
+  MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+    MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
+      Load(sum[r][c], acc + r * s.value_stride + c * kLanes);
+    }
+  }
+  for (int64_t t = 0; t < n; t += As::kTerms) {  // past the end weights and values are 0
+    Vector value[kColumnVectors];
+    MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
+      Load(value[c], v + t * v_stride + As::kTerms * c * kLanes);
+    }
+    MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+      Vector weight;
+      As::Broadcast(weight, weights + r * kRow + t);
+      MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) As::Add(sum[r][c], weight, value[c]);
+    }
+  }
+  MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
+    MLA_UNROLL for (int c = 0; c < kColumnVectors; ++c) {
+      Store(acc + r * s.value_stride + c * kLanes, sum[r][c]);
+    }
+  }
+}
 #undef MLA_UNROLL
 
 // Turns a row of scores, of which the first `seen` count, into weights exp(score - top), and brings
@@ -389,7 +366,7 @@ MLA_TARGET void AttendAs(const MlaDecodeParams& p, const Tile& tile, Scratch& s)
       const int64_t t1 = t0 + kTokensInL1 < n ? t0 + kTokensInL1 : n;
       for (int32_t r = 0; r < rows; r += kRowsPerTile) {
         for (int64_t t = t0; t < t1; t += kTokensPerTile) {
-          As::Scores(s.scores + r * kBlockTokens + t, queries + r * s.key_stride,
+          Scores<As>(s.scores + r * kBlockTokens + t, queries + r * s.key_stride,
                      keys + t * s.key_stride, s.key_stride, p.softmax_scale);
         }
       }
@@ -402,7 +379,7 @@ MLA_TARGET void AttendAs(const MlaDecodeParams& p, const Tile& tile, Scratch& s)
     }
     As::Prepare(s, rows);
     for (int64_t c = 0; c < s.value_stride; c += kColumnVectors * kLanes) {
-      for (int32_t r = 0; r < rows; r += kRowsPerTile) As::Values(s, r, c, n);
+      for (int32_t r = 0; r < rows; r += kRowsPerTile) Values<As>(s, r, c, n);
     }
   }
 }

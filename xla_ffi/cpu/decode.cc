@@ -10,7 +10,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -35,32 +34,33 @@ struct Isa {
 };
 
 // The best instruction set of this processor, or of those up to the one that MLA_JAX_CPU_ISA names.
+// A name that is none allows the first alone.
 Isa ChooseIsa() {
+#if defined(__x86_64__)
+  enum { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
   const char* cap = std::getenv("MLA_JAX_CPU_ISA");
   const bool named = cap != nullptr && *cap != '\0';
-  const auto allowed = [cap, named](std::initializer_list<const char*> caps) {
-    return !named || std::any_of(caps.begin(), caps.end(),
-                                 [cap](const char* name) { return std::strcmp(cap, name) == 0; });
-  };
-#if defined(__x86_64__)
+  int widest = named ? kBaseline : kAvx512Bf16;
+  if (named && std::strcmp(cap, "avx2") == 0) widest = kAvx2;
+  if (named && std::strcmp(cap, "avx512") == 0) widest = kAvx512;
+  if (named && std::strcmp(cap, "avx512bf16") == 0) widest = kAvx512Bf16;
+
   __builtin_cpu_init();
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #ifdef MLA_HAS_AVX512_BF16
   // On Intel's processors its products take four times as long as those of float32, for twice as
   // many elements (Emerald Rapids): only where it is asked for.
-  if (allowed({"avx512bf16"}) && has_avx512 && __builtin_cpu_supports("avx512bf16") &&
+  if (widest >= kAvx512Bf16 && has_avx512 && __builtin_cpu_supports("avx512bf16") &&
       (named || __builtin_cpu_is("amd"))) {
     return {"avx512bf16", avx512bf16::Attend};
   }
 #endif
-  if (allowed({"avx512", "avx512bf16"}) && has_avx512) return {"avx512", avx512::Attend};
-  if (allowed({"avx2", "avx512", "avx512bf16"}) && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma")) {
+  if (widest >= kAvx512 && has_avx512) return {"avx512", avx512::Attend};
+  if (widest >= kAvx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return {"avx2", avx2::Attend};
   }
 #endif
-  (void)allowed, (void)named;
   return {"baseline", baseline::Attend};
 }
 
