@@ -157,9 +157,6 @@ inline constexpr int kSequenceOverhead = 3;
 // A sequence that would have more pieces is cut into pieces of an even number of blocks.
 inline constexpr int kManyPieces = 64;
 
-// Sequences whose blocks a lane of the prologue keeps in registers: all of a batch of 128.
-inline constexpr int kHeldSequences = 4;
-
 // Batch-invariant decode cuts a sequence by its own length alone: pieces of 8 blocks or more, 16
 // pieces at most. Each is the part of one CTA, and a second kernel combines them.
 inline constexpr int kFixedPieces = 16;
@@ -277,87 +274,105 @@ __device__ __forceinline__ void write_end(Part* part, int seq, int blocks, int a
   part->end_seq_last_at = at + blocks - 1;
 }
 
-// What find_part() finds for 2 to 32 sequences: each lane has one, and some lanes write what they
-// know of the result, each other fields.
-__device__ inline void part_of_few(const int32_t* seqlens, int b, int max_tokens, int cta,
-                                   const Grid (&grids)[kTileHeights], Part* result) {
-  const int lane = threadIdx.x % 32;
-  const int tokens = lane < b ? sequence_tokens(seqlens, lane, max_tokens) : 0;
-  const int blocks = lane < b ? sequence_blocks(tokens) : 0;
-  const int total = warp_sum(blocks), longest = warp_max(blocks);
+// What find_part() finds for 2 to 32 * kEach sequences: each lane has kEach neighbours, and some
+// lanes write what they know of the result, each other fields.
+template <int kEach>
+__device__ inline void part_of_some(const int32_t* seqlens, int b, int max_tokens, int cta,
+                                    const Grid (&grids)[kTileHeights], Part* result) {
+  const int lane = threadIdx.x % 32, first = lane * kEach;
+  int tokens[kEach], blocks[kEach], sum = 0, most = 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const bool real = first + j < b;
+    tokens[j] = real ? sequence_tokens(seqlens, first + j, max_tokens) : 0;
+    blocks[j] = real ? sequence_blocks(tokens[j]) : 0;
+    sum += blocks[j];
+    most = max(most, blocks[j]);
+  }
+  const int total = warp_sum(sum), longest = warp_max(most);
   const int height = choose_height(grids, total);
   const Grid& grid = grids[height];
-  const int num_parts = grid.parts.value, part = grid.groups.floor(cta);
+  const int part = grid.groups.floor(cta);
   const Cut cut = choose_cut(grid, b, total, longest, [&](const Divisor& by_size) {
-    return warp_sum(by_size.ceil(blocks));
+    int pieces = 0;
+#pragma unroll
+    for (int n : blocks) pieces += by_size.ceil(n);
+    return warp_sum(pieces);
   });
 
   const Divisor by_size(cut.size);
-  const int cost = lane < b ? cut.cost(blocks, by_size) : 0;
-  const int stop = warp_scan(cost), start = stop - cost, at = start + cut.gap;
+  int cost[kEach], lane_cost = 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    cost[j] = first + j < b ? cut.cost(blocks[j], by_size) : 0;
+    lane_cost += cost[j];
+  }
+  int stop = warp_scan(lane_cost), start = stop - lane_cost;
   const int line_end = __shfl_sync(0xFFFFFFFFu, stop, 31);
-  const int blocks_before = __shfl_up_sync(0xFFFFFFFFu, blocks, 1);
+  int blocks_before = __shfl_up_sync(0xFFFFFFFFu, blocks[kEach - 1], 1);
   const int begin = part * cut.size, end = begin + cut.size;
-  const bool works = part < num_parts && begin < line_end;
   if (lane == 0) {
     result->height = height;
     result->size = cut.size;
     result->one_sequence = cut.gap == 0;
     result->line_end = line_end;
   }
-  if (works) {
-    if (start <= begin && begin < stop) {
-      result->begin_seq = lane;
-      result->begin_block = max(begin - at, 0);
-      result->begin_tokens = tokens;
-      result->begin_seq_at = at;
-      result->helper = -1;
-    }
-    if (start < end && (end <= stop ? lane < b : lane == b - 1)) {
-      // A part whose cut falls in the gap ends with the predecessor.
-      const bool before = end <= at && lane > 0;
-      const int n = before ? blocks_before : blocks;
-      write_end(result, before ? lane - 1 : lane, n, before ? start - n : at, end);
+  if (begin < line_end) {
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int seq = first + j, at = start + cut.gap;
+      stop = start + cost[j];
+      if (start <= begin && begin < stop) {
+        result->begin_seq = seq;
+        result->begin_block = max(begin - at, 0);
+        result->begin_tokens = tokens[j];
+        result->begin_seq_at = at;
+        result->helper = -1;
+      }
+      if (start < end && (end <= stop || seq == b - 1)) {
+        // A part whose cut falls in the gap ends with the predecessor.
+        const bool before = end <= at && seq > 0;
+        const int n = before ? blocks_before : blocks[j];
+        write_end(result, before ? seq - 1 : seq, n, before ? start - n : at, end);
+      }
+      start = stop;
+      blocks_before = blocks[j];
     }
   } else {
     // It may help.
     const int used = by_size.floor(line_end), idle = part - used;
-    const int helpers = part < num_parts && cut.gap == 0 ? spare_helpers(num_parts, used, b) : 0;
-    const int seq = idle < helpers * b ? Divisor(helpers).floor(idle) : 0;
-    if (lane == seq) {
-      const bool helps = idle < helpers * b;
-      result->begin_seq = b;
-      result->begin_block = result->begin_tokens = result->begin_seq_at = result->end_block = 0;
-      result->end_seq = helps ? seq : -1;
-      result->end_seq_at = start;
-      result->end_seq_last_at = start + blocks - 1;
-      result->helper = helps ? idle - seq * helpers : -1;
+    const int helpers = cut.gap == 0 ? spare_helpers(grid.parts.value, used, b) : 0;
+    const bool helps = idle < helpers * b;
+    const int helped = helps ? Divisor(helpers).floor(idle) : 0;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      if (first + j == helped) {
+        result->begin_seq = b;
+        result->begin_block = result->begin_tokens = result->begin_seq_at = result->end_block = 0;
+        result->end_seq = helps ? helped : -1;
+        result->end_seq_at = start;
+        result->end_seq_last_at = start + blocks[j] - 1;
+        result->helper = helps ? idle - helped * helpers : -1;
+      }
+      start += cost[j];
     }
   }
   __syncwarp();
 }
 
-// What find_part() finds for more sequences. Each lane keeps the blocks of its first ones in
-// registers.
+// What find_part() finds for more sequences. A lane's are neighbours: one scan of the lanes' sums
+// says where all of them lie.
 __device__ inline void part_of_many(const int32_t* seqlens, int b, int max_tokens, int cta,
                                     const Grid (&grids)[kTileHeights], Part* result) {
-  // A lane's sequences are neighbours: one scan of the lanes' sums says where all of them lie.
   const int lane = threadIdx.x % 32, each = (b + 31) / 32;
   const int first = min(lane * each, b), last = min(first + each, b);
   const auto blocks_of = [&](int i) {
     return sequence_blocks(sequence_tokens(seqlens, i, max_tokens));
   };
-  int held[kHeldSequences];
-#pragma unroll
-  for (int j = 0; j < kHeldSequences; ++j) held[j] = first + j < last ? blocks_of(first + j) : 0;
   const auto sum_of = [&](auto&& cost_of) {
     int sum = 0;
-#pragma unroll
-    for (int j = 0; j < kHeldSequences; ++j) {
-      if (held[j] > 0) sum += cost_of(held[j]);
-    }
-#pragma unroll 1
-    for (int i = first + kHeldSequences; i < last; ++i) sum += cost_of(blocks_of(i));
+#pragma unroll 4  // loads in flight
+    for (int i = first; i < last; ++i) sum += cost_of(blocks_of(i));
     return sum;
   };
 
@@ -435,7 +450,9 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
     if (threadIdx.x % 32 == 0) *result = found;
     __syncwarp();
   } else if (b <= 32) {
-    part_of_few(seqlens, b, max_tokens, cta, grids, result);
+    part_of_some<1>(seqlens, b, max_tokens, cta, grids, result);
+  } else if (b <= 128) {
+    part_of_some<4>(seqlens, b, max_tokens, cta, grids, result);
   } else {
     part_of_many(seqlens, b, max_tokens, cta, grids, result);
   }
