@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -444,6 +445,18 @@ def test_queries_in_parts_give_the_same_bits(dtype):
     one = jnp.broadcast_to(jnp.eye(512, dtype=dtype), (128, 512, 512))
     made = jax.jit(lambda x, y: run_parts((jnp.einsum("bthn,hnc->bthc", x, one), y), *rest))
     assert_same_bits(made(latent, rotated), whole)
+
+
+@gpu
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_tiles_that_keep_in_step(page_size):
+    """66 tiles go through the same blocks, in two parts of more than 128: each waits for all."""
+    p = problem([17000, 3, 900], s_q=33, h_q=128, page_size=page_size)
+    got = run(*p.arrays())
+    some = slice(None, None, 8)
+    assert_close((got[0][:, some], got[1][:, :, some]), attend(replace(p, q=p.q[:, some])))
+    for _ in range(5):
+        assert_same_bits(run(*p.arrays()), got)
 
 
 @gpu

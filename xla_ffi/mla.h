@@ -32,7 +32,7 @@ typedef struct MlaDecodeParams {
   void* out;                     // [b, s_q, h_q, d_v]
   float* lse;                    // [b, h_q, s_q], natural log; +inf where nothing is attended to
   void* workspace;               // mla_sm90_decode_workspace_bytes() bytes, 16-byte aligned
-  uint32_t* counters;            // [MLA_SM90_MAX_CTAS], anything
+  uint32_t* counters;            // [MLA_SM90_COUNTERS], anything
 
   int32_t b, s_q, h_q, h_kv;
   int32_t d_k;  // 576 or 512
@@ -46,7 +46,7 @@ typedef struct MlaDecodeParams {
   int32_t batch_invariant;  // a row's bits depend on its own query, tokens and length only
 } MlaDecodeParams;
 
-enum { MLA_SM90_MAX_CTAS = 264 };
+enum { MLA_SM90_COUNTERS = 264 };
 // max_pages_per_seq * page_size of one sequence and of all: the kernel counts in 32 bits.
 #define MLA_SM90_MAX_SEQUENCE_TOKENS (INT64_C(1) << 30)
 #define MLA_SM90_MAX_BATCH_TOKENS (INT64_C(1) << 34)

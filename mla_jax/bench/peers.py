@@ -3,9 +3,9 @@
 """The peers that may be installed, all for PyTorch: FlashMLA, FlashAttention-3, FlashInfer.
 
 They take the very arrays of our implementations, through DLPack, and are timed by replay of a CUDA
-graph between two events, in runs as long as ours: a card that is warm from work is slower. What a
-peer plans before its calls is not timed. JAX itself has no op to measure: its paged attention wants
-keys and values of one width, its attention has no pages.
+graph between two events, in the runs that ours are timed in. What a peer plans before its calls is
+not timed. JAX itself has no op to measure: its paged attention wants keys and values of one width,
+its attention has no pages.
 """
 
 import importlib.metadata
@@ -91,19 +91,22 @@ class PeerVariant:
         return self._results[0].float().cpu().numpy()
 
     def measure(self) -> float:
-        """Returns the seconds of a call on the device."""
-        # Keeps the device busy until the host has launched what is timed.
-        self._replay()
+        """Returns the seconds of a call on the device: two runs less one, in this order, as ours.
+
+        A card at its power limit is slower the longer it has worked, so both have to come to what
+        is timed from the same work.
+        """
+        once = self._seconds(1)
+        return (self._seconds(2) - once) / self.calls
+
+    def _seconds(self, runs: int) -> float:
         start, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        self._replay()
+        for _ in range(runs * self._repeats):
+            self._graph.replay()
         end.record()
         self._torch.cuda.synchronize()
-        return start.elapsed_time(end) * 1e-3 / self.calls
-
-    def _replay(self) -> None:
-        for _ in range(self._repeats):
-            self._graph.replay()
+        return start.elapsed_time(end) * 1e-3
 
 
 def _flashmla(shape: Shape, data: Any) -> Callable[[int], Any]:

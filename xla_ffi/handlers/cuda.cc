@@ -22,7 +22,7 @@ namespace {
 // The most multiprocessors that a device of compute capability 9.0 has.
 constexpr int kMaxMultiprocessors = 144;
 // The counters, which the kernel clears, lie first in the workspace; what follows stays aligned.
-constexpr size_t kCountersBytes = (sizeof(uint32_t) * MLA_SM90_MAX_CTAS + 127) / 128 * 128;
+constexpr size_t kCountersBytes = (sizeof(uint32_t) * MLA_SM90_COUNTERS + 127) / 128 * 128;
 
 size_t WorkspaceBytes(const MlaDecodeParams& p) {
   return kCountersBytes + mla_sm90_decode_workspace_bytes(&p, kMaxMultiprocessors);

@@ -26,13 +26,13 @@ struct Split {
   int share;    // this part's number among them
 };
 
-// The counters hold garbage when the kernel starts. One idle thread of each CTA clears the CTA's
-// own and tells the CTA when all are clear, long before the first is wanted. It meets the others at
-// the barrier that a cooperative launch brings: memory prepared by CUDA, which grid.sync() of
+// The counters hold garbage when the kernel starts. One idle thread of each CTA clears its share
+// and tells the CTA when all are clear, long before the first is wanted. It meets the others at the
+// barrier that a cooperative launch brings: memory prepared by CUDA, which grid.sync() of
 // cooperative_groups would use with all threads of a CTA. The high bit flips when all have arrived.
 __device__ __forceinline__ void clear_counters(const DecodeArgs& args, uint64_t* all_clear) {
   uint32_t* barrier = &cooperative_groups::details::get_grid_workspace()->barrier;
-  args.counters[blockIdx.x] = 0;
+  args.counters[blockIdx.x] = args.counters[kMaxParts + blockIdx.x] = 0;
   const uint32_t before =
       ptx::release_add(barrier, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);
   while (((ptx::acquire_load(barrier) ^ before) & 0x80000000u) == 0) {

@@ -102,6 +102,16 @@ struct Decode {
     }
   }
 
+  // Waits until all CTAs that go through the same blocks have come to the same pair of them, so
+  // that what one brings to L2 serves all. A CTA comes here while its buffers are in use.
+  __device__ __forceinline__ static void keep_in_step(Shared& shared, uint32_t* counter,
+                                                      uint32_t expected) {
+    ptx::mbarrier_wait(&shared.counters_clear, 0);
+    ptx::relaxed_increment(counter);
+    while (ptx::relaxed_load(counter) < expected) {
+    }
+  }
+
   // Copies all blocks of the part, each of at most `kPages` pages; run by one thread. Its pace
   // bounds the kernel's: what a copy needs is known before.
   template <int kPages>
@@ -109,14 +119,16 @@ struct Decode {
                                        Shared& shared, Place place) {
     const Part part = shared.part;                                  // one wait for all of it
     const int shift = kPages == 1 ? kBlockShift : args.page_shift;  // log2 of a copy's tokens
-    // Tiles that share a block do not keep in step. With more than two, half of the lines stay for
-    // those that come late.
+    // With more than two tiles to a block, half of the lines stay for those that come late.
     const uint64_t policy =
         place.groups > 2 ? ptx::l2_evict_first_policy(0.5f) : ptx::l2_evict_first_policy(1.f);
     // Where arithmetic binds, scores that start early only take tensor cores from what gives the
     // rest back: with many tiles to a block, and in long parts, where power does. There two CTAs
     // that copy at once keep in step, and L2 is asked once for both.
     const bool early = place.groups <= 2 && part.size <= kLongPart;
+    // More of them drift apart even so.
+    const bool in_step = place.groups > 2 && part.size > kLongPart && args.cooperative;
+    uint32_t come = 0;          // CTAs, to all pairs so far
     uint32_t uses[2] = {0, 0};  // of each buffer
 
     for_each_item(args, part, [&](const Item& item) {
@@ -140,6 +152,9 @@ struct Decode {
         if (block + 1 == item.end) break;
         copy_block<1>(args, maps, shared, place, block + 1, odd, uses[1], policy, early);
         find_pages(block + 3, odd);
+        if (in_step) {
+          keep_in_step(shared, args.counters + kMaxParts + place.part, come += place.groups);
+        }
       }
     });
   }

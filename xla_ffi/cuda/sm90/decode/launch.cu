@@ -16,6 +16,7 @@ namespace mla {
 namespace {
 
 constexpr size_t kSharedBytes = sizeof(Shared) + 1024;  // and room to align it
+static_assert(2 * kMaxParts <= MLA_SM90_COUNTERS);
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 

@@ -41,8 +41,10 @@ struct DecodeArgs {
   int s_q, h_q;
   KnownDivisor heads_per_kv;  // G = h_q / h_kv
   float scale_log2;           // softmax_scale * log2(e)
-  uint32_t* counters;         // [CTAs], garbage until counters_clear
-  uint4* partial_out;         // partial results of split sequences, see partial.cuh
+  // Garbage until counters_clear. [CTAs]: pieces written; from kMaxParts on [parts]: pairs of
+  // blocks that CTAs have come to.
+  uint32_t* counters;
+  uint4* partial_out;  // partial results of split sequences, see partial.cuh
   float2* partial_stats;
   int64_t slot_chunks;  // from one partial result to the next in partial_out
   void* out;
