@@ -164,6 +164,22 @@ def test_equal_lengths(library, length, b, **options):
     check(library, [length] * b, **options)
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    kinds=st.lists(LENGTH, min_size=1, max_size=4),
+    other=LENGTH,
+    b=st.one_of(st.sampled_from([32, 33, 128, 129]), st.integers(33, 66), st.integers(67, 140)),
+    seed=st.integers(0, 2**32 - 1),
+    **COMMON,
+)
+def test_several_sequences_to_a_lane(library, kinds, other, b, seed, **options):
+    """One is unlike the others. With 66 or fewer there are parts that help."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.choice(kinds, b)
+    lengths[rng.integers(b)] = other
+    check(library, lengths.tolist(), **options)
+
+
 @pytest.mark.parametrize("h_q", [16, 128])
 @pytest.mark.parametrize("b", [1, 4, 16, 128])
 @pytest.mark.parametrize("s_k", [1024, 8192, 65536])
