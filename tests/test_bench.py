@@ -8,6 +8,7 @@ import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -338,6 +339,32 @@ def test_the_package_does_not_load_torch():
     code = "import sys, mla_jax.cli, mla_jax.bench.peers; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+def test_a_peer_is_timed_in_the_runs_that_ours_are():
+    """One run, then two: of a card that slows down while it works the third counts, for all."""
+    clock, replays = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, end):  # in milliseconds, with what a launch takes
+            return 1e3 * (end.at - self.at + 5)
+
+    def replay():
+        replays.append(clock[0])
+        clock[0] += len(replays)
+
+    variant = object.__new__(peers.PeerVariant)
+    variant.calls, variant._repeats = 8, 2
+    variant._graph = SimpleNamespace(replay=replay)
+    variant._torch = SimpleNamespace(cuda=SimpleNamespace(Event=Event, synchronize=lambda: None))
+    assert variant.measure() == pytest.approx((3 + 4 + 5 + 6 - (1 + 2)) / 8)
+    assert len(replays) == 6
 
 
 @pytest.mark.skipif(not CPU, reason="says what peers want of a GPU")
