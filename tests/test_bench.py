@@ -126,6 +126,9 @@ class Device:
 
     host = done = 0.0
 
+    def __init__(self):
+        self.given = []  # the lengths of each program
+
     def __call__(self):
         self.host = max(self.host, self.done)
         return self.host
@@ -134,7 +137,8 @@ class Device:
         def run(fields, lengths):
             self.host += launch
             self.done = max(self.host, self.done) + work
-            return lengths, []
+            self.given.append(lengths)
+            return lengths + 1, []
 
         return run
 
@@ -147,6 +151,8 @@ def test_a_call_holds_no_cost_of_a_launch():
         variant = timing.JaxVariant(program, data, 8, clock=device)
         assert variant.measure() == 0.25
         assert device.done == 2 * launch + 6.0
+        # The second of two waits for what the first gives.
+        assert [int((x - data.lengths)[0]) for x in device.given] == [0, 0, 1]
 
 
 @dataclasses.dataclass

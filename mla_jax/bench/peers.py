@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from mla_jax.bench.cases import D_K, D_V, PAGE_SIZE, SCALE, Data, Shape
+from mla_jax.bench.timing import TimedCalls
 
 # name: (module, what pip installs)
 _PACKAGES = {
@@ -51,7 +52,7 @@ def peer_versions() -> dict[str, str]:
     return found
 
 
-class PeerVariant:
+class PeerVariant(TimedCalls):
     """A peer as a CUDA graph of `calls` calls, each with its own inputs, replayed `repeats` times.
 
     Args:
@@ -90,19 +91,11 @@ class PeerVariant:
         self._torch.cuda.synchronize()
         return self._results[0].float().cpu().numpy()
 
-    def measure(self) -> float:
-        """Returns the seconds of a call on the device: two runs less one, in this order, as ours.
-
-        A card at its power limit is slower the longer it has worked, so both have to come to what
-        is timed from the same work.
-        """
-        once = self._seconds(1)
-        return (self._seconds(2) - once) / self.calls
-
-    def _seconds(self, runs: int) -> float:
+    def run(self, times: int) -> float:
+        """Replays all so many times; returns the seconds between two events around them."""
         start, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(runs * self._repeats):
+        for _ in range(times * self._repeats):
             self._graph.replay()
         end.record()
         self._torch.cuda.synchronize()
