@@ -46,38 +46,42 @@ __device__ __forceinline__ void announce_partial(uint32_t* counter) {
   if (threadIdx.x % 32 == 0) ptx::release_increment(counter);
 }
 
-// What a warp brings together of one piece for a unit: one chunk a thread, and what the values of
+// Chunks of a unit where a CTA has many: what is found once for each unit and piece then costs
+// less. Wide units never span both halves of the columns.
+inline constexpr int kWide = 4;
+
+// What a warp brings together of one piece for a unit: some chunks a thread, and what the values of
 // the unit's 16 rows are relative to.
+template <int kWidth>
 struct Gathered {
-  uint4 chunks[32];
+  uint4 chunks[kWidth][32];
   float2 stats[16];  // (max in log2 units, sum)
 };
 
 // Scratch of the combination, in the query and block buffers, which are free by then. Warps that
 // share a unit leave their sums here.
+template <int kWidth>
 struct CombineScratch {
-  float2 values[8][4][32];  // [warp][pair][lane]
-  float4 stats[8][32];      // [warp][lane]: (max, max, sum, sum) of the thread's two rows
-  Gathered gathered[];      // [unit of this CTA][piece]
+  float2 values[8][4 * kWidth][32];  // [warp][pair][lane]
+  float4 stats[8][32];               // [warp][lane]: (max, max, sum, sum) of the thread's two rows
+  Gathered<kWidth> gathered[];       // [unit of this CTA][piece]
 };
 
-// What combining threads need to find and place things. A unit is one chunk of one warp of the
-// partial outputs: 16 rows, and columns in pairs. A CTA sums neighbouring units.
+// What combining threads need to find and place things. A unit is one or kWide neighbouring chunks
+// of one warp of the partial outputs: 16 rows, and columns in pairs. A CTA sums neighbouring units.
 struct Combination {
   const DecodeArgs& args;
-  CombineScratch& scratch;
+  void* memory;  // of the scratch
   int pieces;
   int seq, kv_head, first_row, rows;
   int first_slot, next_slot, slot_stride;  // of pieces 0, 1 and from there on
+  int width;                               // chunks of a unit
   int first_unit, units;                   // of this CTA
 
   __device__ __forceinline__ int slot_of(int s) const {
     return s == 0 ? first_slot : next_slot + (s - 1) * slot_stride;
   }
 };
-
-// The most units of a tile.
-inline constexpr int kMostUnits = kTileRows / 16 << kRowGroupShift<float>;
 
 // Pieces that a warp adds at a time: their latencies pass together.
 inline constexpr int kBatch = 4;
@@ -114,18 +118,62 @@ struct Sum {
   }
 };
 
+// Writes a sum as output, normalised: groups of 8 columns, 2 columns of each per lane.
+template <typename T, int kPairs, int kAllPairs>
+__device__ __forceinline__ void store_sum(const Combination& c, int row_group, int first_chunk,
+                                          const Sum<kAllPairs>& total) {
+  const int lane = threadIdx.x % 32, first_column = first_chunk * 4 * kPairs;
+  constexpr int kGroups = kAllPairs / 2;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int row = 16 * row_group + lane / 4 + 8 * e;
+    const bool real = row < c.rows;
+    const float sum = total.sum.v[e], inverse = sum == 0.f ? 0.f : ptx::reciprocal_approx(sum);
+    T* dst = static_cast<T*>(c.args.out) + first_column +
+             (real ? out_offset(c.args, c.seq, c.kv_head, c.first_row + row) : 0);
+    uint32_t v[kGroups];
+#pragma unroll
+    for (int k = 0; k < kGroups; ++k) {
+      const float2& pair = total.values[2 * k + e];
+      v[k] = wgmma::Mma<T>::pack(pair.x * inverse, pair.y * inverse);
+    }
+    if constexpr (kGroups % 4 == 0) {
+#pragma unroll
+      for (int k = 0; k < kGroups; k += 4) {
+        uint32_t group[4] = {v[k], v[k + 1], v[k + 2], v[k + 3]};
+        transpose_quad(group);
+        uint4* to = reinterpret_cast<uint4*>(dst + 8 * k) + lane % 4;
+        if (real) *to = make_uint4(group[0], group[1], group[2], group[3]);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kGroups; ++k) {
+        if (real) *reinterpret_cast<uint32_t*>(dst + 8 * k + 2 * (lane % 4)) = v[k];
+      }
+    }
+    if (real && first_chunk == 0 && lane % 4 == 0) {
+      c.args.lse[lse_offset(c.args, c.seq, c.kv_head, c.first_row + row)] =
+          log_sum_exp(total.max.v[e], sum);
+    }
+  }
+}
+
 // Sums the CTA's units: each warp copies what it will sum to shared memory, and needs no other warp
 // unless they share a unit. `wait` returns when the pieces are there.
-template <typename T, typename Partial, typename Wait>
+template <typename T, typename Partial, int kWidth, typename Wait>
 __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait) {
   using Format = PartialFormat<Partial>;
-  constexpr int kPairs = Format::kPairs;
-  constexpr int kUnits = 1 << kRowGroupShift<Partial>;  // of 16 rows
+  constexpr int kPairs = Format::kPairs;                         // of a chunk
+  constexpr int kRowGroupChunks = 1 << kRowGroupShift<Partial>;  // of 16 rows
+  auto& scratch = *static_cast<CombineScratch<kWidth>*>(c.memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pieces = c.pieces;
   const int team = c.units > 4 ? 1 : c.units > 2 ? 2 : c.units > 1 ? 4 : 8;  // warps of a unit
   const int member = warp % team, step = 8 / team;
-  const auto row_group_of = [&](int i) { return (c.first_unit + i) >> kRowGroupShift<Partial>; };
-  const auto chunk_of = [&](int i) { return (c.first_unit + i) & (kUnits - 1); };
+  // Of the i-th unit of this CTA: its 16 rows, and its first chunk of theirs.
+  const auto row_group_of = [&](int i) {
+    return (c.first_unit + i) * kWidth >> kRowGroupShift<Partial>;
+  };
+  const auto chunk_of = [&](int i) { return (c.first_unit + i) * kWidth & (kRowGroupChunks - 1); };
   // Where a unit's first pieces lie, the first and the second that this thread copies.
   const int stats_member = member + lane / 8 * team, pair = lane % 8;  // of rows
   const uint4 *chunk, *next_chunk;
@@ -148,7 +196,7 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
   wait();
 #pragma unroll 1
   for (; i < c.units; i += step) {
-    Gathered* gathered = c.scratch.gathered + i * pieces;
+    Gathered<kWidth>* gathered = scratch.gathered + i * pieces;
     // The statistics of four pieces at a time: a copy costs the same for all lanes as for few.
 #pragma unroll 1
     for (int s = stats_member; s < pieces; s += 4 * team) {
@@ -157,7 +205,10 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
     }
 #pragma unroll 4
     for (int s = member; s < pieces; s += team) {
-      ptx::copy_async_16(&gathered[s].chunks[lane], chunk);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        ptx::copy_async_16(&gathered[s].chunks[j][lane], chunk + j * 128);
+      }
       chunk = s == member ? next_chunk : chunk + chunk_stride;
     }
     locate(i + step);  // after the last one for nobody, which takes less than a branch
@@ -168,12 +219,12 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
   i = warp / team;
 #pragma unroll 1
   do {  // once where warps share units, so that all of them meet
-    Sum<kPairs> total;
+    Sum<kPairs * kWidth> total;
     if (i < c.units) {
-      const Gathered* gathered = c.scratch.gathered + i * pieces;
+      const Gathered<kWidth>* gathered = scratch.gathered + i * pieces;
 #pragma unroll 1
       for (int first = member; first < pieces; first += kBatch * team) {
-        uint4 chunks[kBatch] = {};
+        uint4 chunks[kBatch][kWidth] = {};
         float2 stats[kBatch][2];
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
@@ -182,7 +233,8 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
           if (s >= pieces) continue;
           stats[j][0] = gathered[s].stats[lane / 4];
           stats[j][1] = gathered[s].stats[lane / 4 + 8];
-          chunks[j] = gathered[s].chunks[lane];
+#pragma unroll
+          for (int w = 0; w < kWidth; ++w) chunks[j][w] = gathered[s].chunks[w][lane];
         }
         RowPair max = total.max;
 #pragma unroll
@@ -196,17 +248,23 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
           const float factor[2] = {total.factor(0, stats[j][0].x), total.factor(1, stats[j][1].x)};
           total.sum.v[0] += factor[0] * stats[j][0].y;
           total.sum.v[1] += factor[1] * stats[j][1].y;
-          const uint32_t packed[4] = {chunks[j].x, chunks[j].y, chunks[j].z, chunks[j].w};
 #pragma unroll
-          for (int k = 0; k < kPairs; ++k) total.add(k, Format::unpack(packed, k), factor[k % 2]);
+          for (int w = 0; w < kWidth; ++w) {
+            const uint4& chunk = chunks[j][w];
+            const uint32_t packed[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+            for (int k = 0; k < kPairs; ++k) {
+              total.add(w * kPairs + k, Format::unpack(packed, k), factor[k % 2]);
+            }
+          }
         }
       }
     }
     if (team > 1) {
-      c.scratch.stats[warp][lane] =
+      scratch.stats[warp][lane] =
           make_float4(total.max.v[0], total.max.v[1], total.sum.v[0], total.sum.v[1]);
 #pragma unroll
-      for (int k = 0; k < kPairs; ++k) c.scratch.values[warp][k][lane] = total.values[k];
+      for (int k = 0; k < kPairs * kWidth; ++k) scratch.values[warp][k][lane] = total.values[k];
       ptx::named_barrier_sync(kConsumers, kConsumerThreads);
       if (member > 0) return;
       // Unrolled, so that all loads are on their way at once.
@@ -214,7 +272,7 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
 #pragma unroll
       for (int w = 1; w < 8; ++w) {
         stats[w] = make_float4(kNegativeInfinity, kNegativeInfinity, 0.f, 0.f);
-        if (w < team) stats[w] = c.scratch.stats[warp + w][lane];
+        if (w < team) stats[w] = scratch.stats[warp + w][lane];
       }
       RowPair max = total.max;
 #pragma unroll
@@ -230,40 +288,31 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
         total.sum.v[0] += factor[0] * stats[w].z;
         total.sum.v[1] += factor[1] * stats[w].w;
 #pragma unroll
-        for (int k = 0; k < kPairs; ++k) {
-          total.add(k, c.scratch.values[warp + w][k][lane], factor[k % 2]);
+        for (int k = 0; k < kPairs * kWidth; ++k) {
+          total.add(k, scratch.values[warp + w][k][lane], factor[k % 2]);
         }
       }
     }
     if (i >= c.units) return;
-    const int chunk = chunk_of(i), column = chunk * (4 * kPairs) + 2 * (lane % 4);
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int row = 16 * row_group_of(i) + lane / 4 + 8 * e;
-      if (row >= c.rows) continue;
-      const float sum = total.sum.v[e], inverse = sum == 0.f ? 0.f : ptx::reciprocal_approx(sum);
-      T* dst = static_cast<T*>(c.args.out) +
-               out_offset(c.args, c.seq, c.kv_head, c.first_row + row) + column;
-#pragma unroll
-      for (int k = e; k < kPairs; k += 2) {
-        *reinterpret_cast<uint32_t*>(dst + k / 2 * 8) =
-            wgmma::Mma<T>::pack(total.values[k].x * inverse, total.values[k].y * inverse);
-      }
-      if (chunk == 0 && lane % 4 == 0) {
-        c.args.lse[lse_offset(c.args, c.seq, c.kv_head, c.first_row + row)] =
-            log_sum_exp(total.max.v[e], sum);
-      }
-    }
+    store_sum<T, kPairs>(c, row_group_of(i), chunk_of(i), total);
     i += step;
   } while (i < c.units);
 }
 
+// Of a wide unit's pieces there are at most one more than shares, of which the two pieces of a tile
+// without helpers take the most memory.
+static_assert(sizeof(CombineScratch<kWide>) + 2 * (kTileRows / 16 << kRowGroupShift<__half>) /
+                                                  kWide * sizeof(Gathered<kWide>) <=
+              offsetof(Shared, query_full));
+
 // Gives share `share` of `shares` its units.
 __device__ __forceinline__ void take_units(Combination& c, bool half, int share, int shares) {
-  const int all = (c.rows + 15) / 16 << (half ? kRowGroupShift<__half> : kRowGroupShift<float>);
-  const int most = Divisor(shares).ceil(all);
-  c.first_unit = share * most;
-  c.units = min(most, all - c.first_unit);
+  const int chunks = (c.rows + 15) / 16 << (half ? kRowGroupShift<__half> : kRowGroupShift<float>);
+  const int most = Divisor(shares).ceil(chunks);
+  c.width = half && most >= 4 * kWide ? kWide : 1;
+  const int units = c.width == 1 ? most : (most + kWide - 1) / kWide;
+  c.first_unit = share * units;
+  c.units = min(units, (c.width == 1 ? chunks : chunks / kWide) - c.first_unit);
 }
 
 // Waits for all pieces and combines this part's share; called by all consumers. A rehearsal waits
@@ -273,7 +322,7 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& pla
                                         const Split& split, void* scratch, bool rehearses) {
   const int rows = place.end_row - place.first_row, cta = place.peer(split.first_part);
   Combination c = {args,
-                   *static_cast<CombineScratch*>(scratch),
+                   scratch,
                    split.pieces,
                    seq,
                    place.kv_head,
@@ -294,17 +343,19 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& pla
     }
     ptx::named_barrier_sync(kConsumers, kConsumerThreads);
   };
-  if (half) {
-    combine_units<T, __half>(c, wait);
+  if (!half) {
+    combine_units<T, float, 1>(c, wait);
+  } else if (c.width == 1) {
+    combine_units<T, __half, 1>(c, wait);
   } else {
-    combine_units<T, float>(c, wait);
+    combine_units<T, __half, kWide>(c, wait);
   }
 }
 
 // Combines what batch-invariant decode has cut; kFixedShares CTAs for each sequence and tile.
 inline constexpr int kFixedShares = 16;
 inline constexpr int kFixedCombineBytes =  // at most 8 units
-    sizeof(CombineScratch) + 8 * kFixedPieces * sizeof(Gathered);
+    sizeof(CombineScratch<1>) + 8 * kFixedPieces * sizeof(Gathered<1>);
 
 template <typename T>
 __global__ void __launch_bounds__(kConsumerThreads)
@@ -319,7 +370,7 @@ __global__ void __launch_bounds__(kConsumerThreads)
   const Place place = Place::of_group(args, 0, group);
   const int slot = seq * args.fixed_pieces * place.groups + group;
   Combination c = {args,
-                   *reinterpret_cast<CombineScratch*>(scratch),
+                   scratch,
                    pieces,
                    seq,
                    place.kv_head,
@@ -329,7 +380,7 @@ __global__ void __launch_bounds__(kConsumerThreads)
                    slot + place.groups,
                    place.groups};
   take_units(c, true, blockIdx.x % kFixedShares, kFixedShares);
-  if (c.units > 0) combine_units<T, __half>(c, [] {});
+  if (c.units > 0) combine_units<T, __half, 1>(c, [] {});
 }
 
 }  // namespace mla

@@ -31,7 +31,7 @@ struct Decode {
   using Mma = wgmma::Mma<T>;
   static constexpr int kBlockShift = 6;                // log2 of the tokens of a block
   static constexpr int kMaxPages = kBlockTokens / 16;  // of a block, with the smallest pages
-  static constexpr int kLongPart = 128;                // blocks
+  static constexpr int kLongPart = 192;                // blocks
 
   // ---- Copies ----
 
@@ -381,31 +381,19 @@ struct Decode {
                8 * lane;
 #pragma unroll
       for (int i = 0; i < 32; i += 4) {
-        // The quad holds 4 groups of 8 columns, 2 columns of each per lane; transposed, each lane
-        // holds one whole group.
         uint32_t v[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           v[k] = Mma::pack(output[4 * (i + k) + 2 * e] * inverse,
                            output[4 * (i + k) + 2 * e + 1] * inverse);
         }
-        exchange(v[0], v[1], 1);
-        exchange(v[2], v[3], 1);
-        exchange(v[0], v[2], 2);
-        exchange(v[1], v[3], 2);
+        transpose_quad(v);
         if (real) *reinterpret_cast<uint4*>(dst + 8 * i) = make_uint4(v[0], v[1], v[2], v[3]);
       }
       if (real && half == 0 && lane == 0) {
         args.lse[lse_offset(args, item.seq, place.kv_head, row)] = log_sum_exp(max.v[e], sum.v[e]);
       }
     }
-  }
-
-  // Swaps `high` of the lane whose bit is clear with `low` of the lane whose bit is set.
-  __device__ __forceinline__ static void exchange(uint32_t& low, uint32_t& high, int bit) {
-    const bool set = threadIdx.x & bit;
-    const uint32_t received = __shfl_xor_sync(0xFFFFFFFFu, set ? low : high, bit);
-    (set ? low : high) = received;
   }
 
   // What a consumer warpgroup does; only the walk over the blocks differs between the two.
@@ -472,9 +460,12 @@ struct Decode {
     };
     for_each_item(args, part, body, rehearsal);
 
-    // A tile's most units among as many shares: one unit, whose warps have to meet.
+    // As many shares as sequences of one length would have.
     bool rehearses = rehearsal > Rehearsal::kBlock;
-    if (rehearses) split = {place.part, rehearsal == Rehearsal::kResult, kMostUnits, 0};
+    if (rehearses) {
+      const int shares = Divisor(args.b).floor(args.grids[part.height].parts.value);
+      split = {place.part, rehearsal == Rehearsal::kResult, max(shares, 1), 0};
+    }
 #pragma unroll 1
     for (;; rehearses = false) {
       if (!rehearses && part.helper >= 0) {

@@ -33,6 +33,22 @@ __device__ __forceinline__ float quad_sum(float v) {
   return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
 }
 
+// Swaps `high` of the lane whose bit is clear with `low` of the lane whose bit is set.
+__device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high, int bit) {
+  const bool set = threadIdx.x & bit;
+  const uint32_t received = __shfl_xor_sync(0xFFFFFFFFu, set ? low : high, bit);
+  (set ? low : high) = received;
+}
+
+// A quad holds 4 groups of 8 columns of a row, 2 columns of each per lane, packed; transposed, each
+// lane holds one whole group.
+__device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
+  exchange(v[0], v[1], 1);
+  exchange(v[2], v[3], 1);
+  exchange(v[0], v[2], 2);
+  exchange(v[1], v[3], 2);
+}
+
 // What sums relative to the old maximum are multiplied by. While nothing has been seen they are
 // zeros, and better left alone.
 __device__ __forceinline__ float rescale_factor(float old, float fresh) {
