@@ -46,8 +46,8 @@ __device__ __forceinline__ void announce_partial(uint32_t* counter) {
   if (threadIdx.x % 32 == 0) ptx::release_increment(counter);
 }
 
-// Chunks of a unit where a CTA has many: what is found once for each unit and piece then costs
-// less. Wide units never span both halves of the columns.
+// Chunks of a unit where each warp has so many: what is found once for each unit and piece then
+// costs less. Wide units never span both halves of the columns.
 inline constexpr int kWide = 4;
 
 // What a warp brings together of one piece for a unit: some chunks a thread, and what the values of
@@ -60,18 +60,17 @@ struct Gathered {
 
 // Scratch of the combination, in the query and block buffers, which are free by then. Warps that
 // share a unit leave their sums here.
-template <int kWidth>
 struct CombineScratch {
-  float2 values[8][4 * kWidth][32];  // [warp][pair][lane]
-  float4 stats[8][32];               // [warp][lane]: (max, max, sum, sum) of the thread's two rows
-  Gathered<kWidth> gathered[];       // [unit of this CTA][piece]
+  float2 values[8][4][32];  // [warp][pair][lane]
+  float4 stats[8][32];      // [warp][lane]: (max, max, sum, sum) of the thread's two rows
+  uint4 gathered[];         // Gathered [unit of this CTA][piece]
 };
 
 // What combining threads need to find and place things. A unit is one or kWide neighbouring chunks
 // of one warp of the partial outputs: 16 rows, and columns in pairs. A CTA sums neighbouring units.
 struct Combination {
   const DecodeArgs& args;
-  void* memory;  // of the scratch
+  CombineScratch& scratch;
   int pieces;
   int seq, kv_head, first_row, rows;
   int first_slot, next_slot, slot_stride;  // of pieces 0, 1 and from there on
@@ -165,9 +164,10 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
   using Format = PartialFormat<Partial>;
   constexpr int kPairs = Format::kPairs;                         // of a chunk
   constexpr int kRowGroupChunks = 1 << kRowGroupShift<Partial>;  // of 16 rows
-  auto& scratch = *static_cast<CombineScratch<kWidth>*>(c.memory);
+  auto* const all_gathered = reinterpret_cast<Gathered<kWidth>*>(c.scratch.gathered);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pieces = c.pieces;
-  const int team = c.units > 4 ? 1 : c.units > 2 ? 2 : c.units > 1 ? 4 : 8;  // warps of a unit
+  // Warps of a unit.
+  const int team = kWidth > 1 || c.units > 4 ? 1 : c.units > 2 ? 2 : c.units > 1 ? 4 : 8;
   const int member = warp % team, step = 8 / team;
   // Of the i-th unit of this CTA: its 16 rows, and its first chunk of theirs.
   const auto row_group_of = [&](int i) {
@@ -196,7 +196,7 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
   wait();
 #pragma unroll 1
   for (; i < c.units; i += step) {
-    Gathered<kWidth>* gathered = scratch.gathered + i * pieces;
+    Gathered<kWidth>* gathered = all_gathered + i * pieces;
     // The statistics of four pieces at a time: a copy costs the same for all lanes as for few.
 #pragma unroll 1
     for (int s = stats_member; s < pieces; s += 4 * team) {
@@ -221,7 +221,7 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
   do {  // once where warps share units, so that all of them meet
     Sum<kPairs * kWidth> total;
     if (i < c.units) {
-      const Gathered<kWidth>* gathered = scratch.gathered + i * pieces;
+      const Gathered<kWidth>* gathered = all_gathered + i * pieces;
 #pragma unroll 1
       for (int first = member; first < pieces; first += kBatch * team) {
         uint4 chunks[kBatch][kWidth] = {};
@@ -260,11 +260,11 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
         }
       }
     }
-    if (team > 1) {
-      scratch.stats[warp][lane] =
+    if (kWidth == 1 && team > 1) {
+      c.scratch.stats[warp][lane] =
           make_float4(total.max.v[0], total.max.v[1], total.sum.v[0], total.sum.v[1]);
 #pragma unroll
-      for (int k = 0; k < kPairs * kWidth; ++k) scratch.values[warp][k][lane] = total.values[k];
+      for (int k = 0; k < kPairs; ++k) c.scratch.values[warp][k][lane] = total.values[k];
       ptx::named_barrier_sync(kConsumers, kConsumerThreads);
       if (member > 0) return;
       // Unrolled, so that all loads are on their way at once.
@@ -272,7 +272,7 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
 #pragma unroll
       for (int w = 1; w < 8; ++w) {
         stats[w] = make_float4(kNegativeInfinity, kNegativeInfinity, 0.f, 0.f);
-        if (w < team) stats[w] = scratch.stats[warp + w][lane];
+        if (w < team) stats[w] = c.scratch.stats[warp + w][lane];
       }
       RowPair max = total.max;
 #pragma unroll
@@ -288,8 +288,8 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
         total.sum.v[0] += factor[0] * stats[w].z;
         total.sum.v[1] += factor[1] * stats[w].w;
 #pragma unroll
-        for (int k = 0; k < kPairs * kWidth; ++k) {
-          total.add(k, scratch.values[warp + w][k][lane], factor[k % 2]);
+        for (int k = 0; k < kPairs; ++k) {
+          total.add(k, c.scratch.values[warp + w][k][lane], factor[k % 2]);
         }
       }
     }
@@ -301,15 +301,15 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
 
 // Of a wide unit's pieces there are at most one more than shares, of which the two pieces of a tile
 // without helpers take the most memory.
-static_assert(sizeof(CombineScratch<kWide>) + 2 * (kTileRows / 16 << kRowGroupShift<__half>) /
-                                                  kWide * sizeof(Gathered<kWide>) <=
+static_assert(sizeof(CombineScratch) + 2 * (kTileRows / 16 << kRowGroupShift<__half>) / kWide *
+                                           sizeof(Gathered<kWide>) <=
               offsetof(Shared, query_full));
 
 // Gives share `share` of `shares` its units.
 __device__ __forceinline__ void take_units(Combination& c, bool half, int share, int shares) {
   const int chunks = (c.rows + 15) / 16 << (half ? kRowGroupShift<__half> : kRowGroupShift<float>);
   const int most = Divisor(shares).ceil(chunks);
-  c.width = half && most >= 4 * kWide ? kWide : 1;
+  c.width = half && most >= 8 * kWide ? kWide : 1;
   const int units = c.width == 1 ? most : (most + kWide - 1) / kWide;
   c.first_unit = share * units;
   c.units = min(units, (c.width == 1 ? chunks : chunks / kWide) - c.first_unit);
@@ -322,7 +322,7 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& pla
                                         const Split& split, void* scratch, bool rehearses) {
   const int rows = place.end_row - place.first_row, cta = place.peer(split.first_part);
   Combination c = {args,
-                   scratch,
+                   *static_cast<CombineScratch*>(scratch),
                    split.pieces,
                    seq,
                    place.kv_head,
@@ -355,7 +355,7 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& pla
 // Combines what batch-invariant decode has cut; kFixedShares CTAs for each sequence and tile.
 inline constexpr int kFixedShares = 16;
 inline constexpr int kFixedCombineBytes =  // at most 8 units
-    sizeof(CombineScratch<1>) + 8 * kFixedPieces * sizeof(Gathered<1>);
+    sizeof(CombineScratch) + 8 * kFixedPieces * sizeof(Gathered<1>);
 
 template <typename T>
 __global__ void __launch_bounds__(kConsumerThreads)
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(kConsumerThreads)
   const Place place = Place::of_group(args, 0, group);
   const int slot = seq * args.fixed_pieces * place.groups + group;
   Combination c = {args,
-                   scratch,
+                   *reinterpret_cast<CombineScratch*>(scratch),
                    pieces,
                    seq,
                    place.kv_head,
