@@ -115,7 +115,7 @@ def test_a_step_is_the_difference_of_two_runs_from_the_same_context():
     session = generation.Session(TINY, 2, 70, 4, BF16)
     loop = generation.Loop(compiled, None, session, 4, clock)
     assert [loop.measure() for _ in range(2)] == [0.25, 0.25]
-    assert seen == [(9, [70, 70]), (5, [70, 70])] * 2
+    assert seen == [(5, [70, 70]), (9, [70, 70])] * 2
     assert timing.steps_that_fit(0.1, 16) == 2  # of 0.3 s
     assert timing.steps_that_fit(1e-9, 16) == 16
     assert timing.steps_that_fit(9.0, 16) == 1
