@@ -196,6 +196,15 @@ def test_more_rows_than_low_tiles_cover(op):
     assert_close(op(*p.arrays(), 512, causal=True), attend(p, causal=True))
 
 
+@pytest.mark.parametrize(("h_q", "b"), [(33, 40), (64, 33), (128, 20), (128, 30)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_few_pieces_of_many_rows(op, h_q, b, dtype):
+    # Two to four pieces a sequence where there are 132 multiprocessors, of 33 rows and more.
+    lengths = np.random.default_rng(b).integers(520, 640, b).tolist()
+    p = problem(lengths, h_q=h_q, dtype=dtype)
+    assert_close(op(*p.arrays(), 512), attend(p))
+
+
 def test_head_groups(op):
     # Each KV head holds a constant of its own, so the output names the head that was read.
     p = problem([5], h_q=6, h_kv=3)
