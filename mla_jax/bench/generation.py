@@ -134,10 +134,10 @@ class Loop(TimedSteps):
 
     def first_result(self) -> np.ndarray:
         """Returns the first token that each sequence gets."""
-        self.run(1)
+        self.decode(1)
         return np.asarray(self._session.state.tokens[:, 1])
 
-    def run(self, steps: int) -> float:
+    def decode(self, steps: int) -> float:
         """Decodes some steps from the end of the context; returns the seconds it took."""
         state, limit = self._session.rewind(), jnp.int32(1 + steps)
         start = self._clock()
@@ -219,7 +219,7 @@ def run(
                 continue
             variants[name] = Loop(program, params, session, steps)
             first[name] = variants[name].first_result()
-            variants[name].calls = steps_that_fit(variants[name].run(2) / 2, steps)
+            variants[name].calls = steps_that_fit(variants[name].decode(2) / 2, steps)
         times = interleave(variants, rounds)
         results = {
             name: Result(
@@ -233,7 +233,7 @@ def run(
         }
         if profile is not None:
             for name, variant in variants.items():
-                profile(f"{model}-{b}-{name}", functools.partial(variant.run, 2))
+                profile(f"{model}-{b}-{name}", functools.partial(variant.decode, 2))
         cached = models.num_bytes(session.state.cache.pages)
         peak = models.memory_stats().get("peak_bytes_in_use")
         return Row(b, context, floor_ms(b), cached, peak, results, reasons)

@@ -3,13 +3,13 @@
 """What the benchmarks of decode steps share: options, programs, the time of a step, the report."""
 
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from mla_jax.bench.timing import Ceilings
+from mla_jax.bench.timing import Ceilings, TimedCalls
 from mla_jax.config import DTYPES
 
 Row = TypeVar("Row")
@@ -43,26 +43,20 @@ class Report(Generic[Row]):
     rows: list[Row]
 
 
-class TimedSteps(ABC):
-    """Decode steps by one compiled program, as `timing.Timed` has them.
+class TimedSteps(TimedCalls):
+    """Decode steps by one compiled program: a step is a call, and a run begins anew.
 
     Attributes:
         calls: steps of the shorter of the two runs whose difference is measured.
     """
 
-    calls: int
-
     @abstractmethod
-    def run(self, steps: int) -> float:
+    def decode(self, steps: int) -> float:
         """Decodes some steps from the end of the context; returns the seconds it took."""
 
-    def measure(self) -> float:
-        """Returns the seconds of a step: one run, then one of twice as many steps, less the first.
-
-        In the order that `timing.TimedCalls` has, which floors are measured by.
-        """
-        once = self.run(self.calls)
-        return (self.run(2 * self.calls) - once) / self.calls
+    def run(self, times: int) -> float:
+        """Decodes so many times `calls` steps; returns the seconds it took."""
+        return self.decode(times * self.calls)
 
 
 def check_options(numbers: Mapping[str, int], lists: Mapping[str, Sequence[int]]) -> None:

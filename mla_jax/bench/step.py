@@ -178,7 +178,7 @@ class Steps(TimedSteps):
         self._compiled, self._arguments, self._session = compiled, arguments, session
         self._context, self._clock = jnp.int32(context), clock
 
-    def run(self, steps: int) -> float:
+    def decode(self, steps: int) -> float:
         """Decodes some steps from the end of the context; returns the seconds it took."""
         session, number = self._session, jnp.int32(steps)
         cache = models.at_context(session.cache, session.table, self._context)
@@ -271,8 +271,8 @@ def run(
                 reasons[name] = one_line(program)
                 continue
             stack = Steps(program, (params, inputs[b]), session, context, steps)
-            stack.run(1)
-            stack.calls = steps_that_fit(stack.run(2) / 2, steps)
+            stack.decode(1)
+            stack.calls = steps_that_fit(stack.decode(2) / 2, steps)
             # As long a run as one of steps: a card near its power limit slows down in a long one.
             alone = op.variant(name, shape, data, seconds=PROGRAM if small else RUN)
             alone.first_result()
@@ -295,7 +295,7 @@ def run(
             )
             if profile is not None:
                 label = f"{model}-step-{b}-{context}-{name}"
-                profile(label, functools.partial(stack.run, 2))
+                profile(label, functools.partial(stack.decode, 2))
         return Row(b, context, pools[b], 1e6 * floor, results, reasons)
 
     def projections(b: int) -> float:

@@ -35,7 +35,7 @@ class Timed(Protocol):
 
 
 class TimedCalls(ABC):
-    """Calls of the op, timed alike whoever makes them.
+    """Calls of the op or steps of a model, timed alike whoever makes them.
 
     Attributes:
         calls: of a run.
