@@ -26,6 +26,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax.numpy as jnp
 import numpy as np
 import reference
+import shapes
 from reference import Problem, assert_close, assert_rounded, assert_same_bits, attend, problem
 
 MARGIN = 1 << 20  # bytes
@@ -211,7 +212,8 @@ def main() -> None:
     cases += [([64, 200], {"h_q": 16, "h_kv": 2, "s_q": 2}), ([64] * 140, {"h_q": 16})]
     cases += [([9000], {"h_q": 16}), ([2000] * 5, {"h_q": 128}), ([70] * 40, {"h_q": 16})]
     cases.append(([600] * 20, {"h_q": 128}))  # combined in wide units
-    cases.append(([16600, 5], {"h_q": 120, "s_q": 24}))  # tiles that keep in step
+    lengths, s_q, h_q = shapes.IN_STEP[1]
+    cases.append((lengths, {"h_q": h_q, "s_q": s_q}))
     for lengths, options in cases:
         p = problem(lengths, **options, poison=0)
         causal = "s_q" in options

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -188,6 +189,13 @@ def test_the_shapes_of_the_benchmark(library, b, s_k, h_q):
     works = check(library, [s_k] * b, rows=h_q)
     equal = -(-b * s_k // BLOCK // len(works))
     assert max(works) <= max(1.15 * equal, equal + 4)
+
+
+@pytest.mark.parametrize(("lengths", "s_q", "h_q"), shapes.IN_STEP)
+def test_parts_are_long_where_tiles_are_to_keep_in_step(library, lengths, s_q, h_q):
+    parts, _ = find(library, lengths, s_q * h_q, 1, 132, 1 << 20, 0)
+    assert len(parts) == 2
+    assert (parts["size"] > library.long_part()).all()
 
 
 def test_more_sequences_than_lanes_hold(library):

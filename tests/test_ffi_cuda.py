@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import Problem, assert_close, assert_same_bits, attend, problem
-from shapes import floats, ints, shaped
+from shapes import IN_STEP, floats, ints, shaped
 
 import mla_jax
 from mla_jax import ffi
@@ -450,8 +450,9 @@ def test_queries_in_parts_give_the_same_bits(dtype):
 @gpu
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_tiles_that_keep_in_step(page_size):
-    """66 tiles go through the same blocks, in two parts of more than 128: each waits for all."""
-    p = problem([17000, 3, 900], s_q=33, h_q=128, page_size=page_size)
+    """66 tiles go through the same blocks: each waits for all."""
+    lengths, s_q, h_q = IN_STEP[0]
+    p = problem(lengths, s_q=s_q, h_q=h_q, page_size=page_size)
     got = run(*p.arrays())
     some = slice(None, None, 8)
     assert_close((got[0][:, some], got[1][:, :, some]), attend(replace(p, q=p.q[:, some])))

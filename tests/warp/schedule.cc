@@ -37,6 +37,9 @@ extern "C" void find_parts(const int32_t* seqlens, int b, int max_tokens, const 
   }
 }
 
+// The blocks beyond which parts are long.
+extern "C" int long_part() { return mla::kLongPart; }
+
 extern "C" void fixed_parts(const int32_t* seqlens, int b, int max_tokens, int most_pieces,
                             mla::Part* parts) {
   for (int i = 0; i < b * most_pieces; ++i) {

@@ -299,8 +299,8 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
   } while (i < c.units);
 }
 
-// Of a wide unit's pieces there are at most one more than shares, of which the two pieces of a tile
-// without helpers take the most memory.
+// There is at most one piece more than shares. Of wide units two pieces that one share combines
+// take the most memory.
 static_assert(sizeof(CombineScratch) + 2 * (kTileRows / 16 << kRowGroupShift<__half>) / kWide *
                                            sizeof(Gathered<kWide>) <=
               offsetof(Shared, query_full));

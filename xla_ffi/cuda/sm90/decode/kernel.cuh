@@ -31,7 +31,6 @@ struct Decode {
   using Mma = wgmma::Mma<T>;
   static constexpr int kBlockShift = 6;                // log2 of the tokens of a block
   static constexpr int kMaxPages = kBlockTokens / 16;  // of a block, with the smallest pages
-  static constexpr int kLongPart = 192;                // blocks
 
   // ---- Copies ----
 

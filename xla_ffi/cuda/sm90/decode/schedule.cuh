@@ -53,6 +53,10 @@ struct KnownDivisor {
 // Blocks that combining a tile of 64 rows costs; lower ones, half or a quarter.
 inline constexpr int kCombineOverhead = 4;
 
+// Parts of more blocks are long: copies are issued in bursts, and more than two tiles of the same
+// blocks keep in step.
+inline constexpr int kLongPart = 192;
+
 // How the grid is laid out for one height of tiles.
 struct Grid {
   KnownDivisor groups;  // CTAs that go through the same blocks: row tiles * h_kv
