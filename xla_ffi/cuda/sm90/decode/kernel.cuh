@@ -246,17 +246,25 @@ struct Decode {
     ptx::named_barrier_sync(kWarpgroup + kHalf, 128);
   }
 
-  // Softmax of the block whose scores this warpgroup has; publishes weights and maxima.
-  template <int kBuffer>
-  __device__ __forceinline__ static void weigh(const DecodeArgs& args, Shared& shared,
-                                               const Item& item, const Rows& rows, int block,
-                                               float (&scores)[32], RowPair& max, RowPair& sum,
-                                               RowPair& factor, uint32_t (&weights)[4][4]) {
+  // Waits for a block's scores, hides those that a row does not see and finds the largest of each.
+  __device__ __forceinline__ static RowPair finish_scores(const DecodeArgs& args, const Item& item,
+                                                          const Rows& rows, int block,
+                                                          float (&scores)[32]) {
+    finish(scores);
     const int past = (block + 1) * kBlockTokens - item.tokens;  // tokens past the end
     if (past > (args.causal ? -(args.s_q - 1) : 0)) {
       mask_scores(scores, block * kBlockTokens + 2 * (threadIdx.x % 4), rows.limit);
     }
-    softmax_block<T>(scores, args.scale_log2, max, sum, factor, weights);
+    return row_tops(scores);
+  }
+
+  // Softmax of the block whose scores this warpgroup has; publishes weights and maxima.
+  template <int kBuffer>
+  __device__ __forceinline__ static void weigh(const DecodeArgs& args, Shared& shared,
+                                               const Rows& rows, float (&scores)[32],
+                                               const RowPair& tops, RowPair& max, RowPair& sum,
+                                               RowPair& factor, uint32_t (&weights)[4][4]) {
+    softmax_block<T>(scores, tops, args.scale_log2, max, sum, factor, weights);
     // The weights overwrite K's RoPE piece: all four warps must be done with the scores. The odd
     // warpgroup has met in follow().
     if constexpr (kBuffer == 0) ptx::named_barrier_sync(kWarpgroup, 128);
@@ -309,8 +317,8 @@ struct Decode {
     int block = item.begin;
     for (; block + 1 < item.end; block += 2) {
       start_scores<0>(shared, uses++ & 1, item, block, scores);
-      finish(scores);
-      weigh<0>(args, shared, item, rows, block, scores, max, sum, factor, weights);
+      const RowPair tops = finish_scores(args, item, rows, block, scores);
+      weigh<0>(args, shared, rows, scores, tops, max, sum, factor, weights);
       rescale(output, factor);
       start_output<0, 0>(shared, weights, output);
 
@@ -323,8 +331,8 @@ struct Decode {
     }
     if (block < item.end) {
       start_scores<0>(shared, uses++ & 1, item, block, scores);
-      finish(scores);
-      weigh<0>(args, shared, item, rows, block, scores, max, sum, factor, weights);
+      const RowPair tops = finish_scores(args, item, rows, block, scores);
+      weigh<0>(args, shared, rows, scores, tops, max, sum, factor, weights);
       clear_past_end<0, 0>(shared, block, item.tokens);
       rescale(output, factor);
       start_output<0, 0>(shared, weights, output);
@@ -343,12 +351,13 @@ struct Decode {
     int block = item.begin;
     for (; block + 1 < item.end; block += 2) {
       start_scores<1>(shared, uses++ & 1, item, block + 1, scores);
-      finish(scores);
+      // The largest scores while the even weights are not there yet.
+      const RowPair tops = finish_scores(args, item, rows, block + 1, scores);
       follow<0>(shared, rows, max, sum, factor);
       rescale(output, factor);
       start_output<0, 1>(shared, output);
 
-      weigh<1>(args, shared, item, rows, block + 1, scores, max, sum, factor, weights);
+      weigh<1>(args, shared, rows, scores, tops, max, sum, factor, weights);
       finish(output, &shared.cache_empty[0][1]);
       clear_past_end<1, 1>(shared, block + 1, item.tokens);
       rescale(output, factor);

@@ -72,12 +72,9 @@ __device__ __forceinline__ void mask_scores(float (&scores)[32], int column,
 // left alone for most blocks.
 inline constexpr float kMaxSlack = 8.f;
 
-// Turns scores into weights, packed to 16 bits as wgmma's A fragments, and updates the maxima and
-// this lane's share of the row sums of the weights.
-template <typename T>
-__device__ __forceinline__ void softmax_block(float (&scores)[32], float scale, RowPair& max,
-                                              RowPair& sum, RowPair& factor,
-                                              uint32_t (&weights)[4][4]) {
+// The largest score of each row.
+__device__ __forceinline__ RowPair row_tops(const float (&scores)[32]) {
+  RowPair tops;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     float top = kNegativeInfinity;
@@ -85,7 +82,20 @@ __device__ __forceinline__ void softmax_block(float (&scores)[32], float scale, 
     for (int i = 0; i < 8; ++i) {
       top = fmaxf(top, fmaxf(scores[4 * i + 2 * row], scores[4 * i + 2 * row + 1]));
     }
-    top = quad_max(top) * scale;
+    tops.v[row] = quad_max(top);
+  }
+  return tops;
+}
+
+// Turns scores into weights, packed to 16 bits as wgmma's A fragments, and updates the maxima and
+// this lane's share of the row sums of the weights.
+template <typename T>
+__device__ __forceinline__ void softmax_block(float (&scores)[32], const RowPair& tops, float scale,
+                                              RowPair& max, RowPair& sum, RowPair& factor,
+                                              uint32_t (&weights)[4][4]) {
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float top = tops.v[row] * scale;
     const float fresh = top > max.v[row] + kMaxSlack ? top : max.v[row];
     factor.v[row] = rescale_factor(max.v[row], fresh);
     max.v[row] = fresh;
