@@ -275,7 +275,10 @@ class PagedKVCache:
         if not jnp.issubdtype(latents.dtype, dtype):
             expected = getattr(dtype, "name", "a floating type")
             raise ValueError(f"latents: got dtype {latents.dtype}, expected {expected}")
-        t = latents.shape[1]
+        self.check_columns(latents.shape[1])
+
+    def check_columns(self, t: int) -> None:
+        """Raises ValueError if, outside `jit`, a slot was granted more than t tokens."""
         if _is_concrete(self.num_new) and np.any(np.asarray(self.num_new) > t):
             raise ValueError(
                 f"latents: got t = {t} columns, expected at least "

@@ -69,8 +69,11 @@ class DecoderLayer(nnx.Module):
             self.mlp = Mlp(config.hidden_size, config.intermediate_size, linear=linear)
 
     def __call__(self, x: jax.Array, attend: Callable[..., jax.Array]) -> jax.Array:
-        """Maps `[b, t, hidden_size]` to the same shape; `attend(self_attn, x)` runs attention."""
-        x = x + attend(self.self_attn, self.input_layernorm(x))
+        """Maps `[b, t, hidden_size]` to the same shape.
+
+        `attend(self_attn, norm, x)` gives `x + self_attn(norm(x))`, by one of attention's paths.
+        """
+        x = attend(self.self_attn, self.input_layernorm, x)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -193,7 +196,7 @@ class DeepseekForCausalLM(nnx.Module):
         """
         x = self.model.embed_tokens(tokens)
         for layer in self.model.layers:
-            x = layer(x, lambda attention, x: attention(x, positions))
+            x = layer(x, lambda attention, norm, x: x + attention(norm(x), positions))
         return self._logits(self.model.norm(x))
 
     def step(
@@ -227,20 +230,26 @@ class DeepseekForCausalLM(nnx.Module):
 
         for index, layer in enumerate(self.model.layers):
 
-            def attend(attention: MultiHeadLatentAttention, x: jax.Array, index: int = index):
+            def attend(
+                attention: MultiHeadLatentAttention,
+                norm: nnx.RMSNorm,
+                x: jax.Array,
+                index: int = index,
+            ) -> jax.Array:
                 nonlocal cache
                 if prefill:
-                    out, cache = attention.prefill(x, cache, index)
-                else:
-                    out, cache = attention.decode(
-                        x,
-                        cache,
-                        index,
-                        absorbed=None if absorbed is None else absorbed[index],
-                        schedule=schedule,
-                        implementation=implementation,
-                    )
-                return out
+                    out, cache = attention.prefill(norm(x), cache, index)
+                    return x + out
+                x, cache = attention.decode(
+                    x,
+                    cache,
+                    index,
+                    norm=norm,
+                    absorbed=None if absorbed is None else absorbed[index],
+                    schedule=schedule,
+                    implementation=implementation,
+                )
+                return x
 
             x = layer(x, attend)
         return self._logits(self.model.norm(x[:, -1])), cache

@@ -22,12 +22,15 @@ import numpy as np
 from mla_jax.hopper import local_gpus, unsuitable
 from mla_jax.xla import result_shapes
 
-_DECODE, _APPEND = "mla_jax_decode", "mla_jax_append"
-PLATFORMS = ("cpu", "cuda")
+_DECODE, _APPEND, _LAYER = "mla_jax_decode", "mla_jax_append", "mla_jax_layer"
+_TARGETS = {"cpu": (_DECODE, _APPEND), "cuda": (_DECODE, _APPEND, _LAYER)}
+PLATFORMS = tuple(_TARGETS)
 # Rows of q from which the CUDA kernel takes it in parts: putting it together costs a memory's pass,
 # not doing so a kernel more where few rows make that the shorter. (On an H100 12.3 and 2.5 us for
 # 16384 rows; a layer of a step takes 1 to 2 us less in parts with 256 to 2048, no less with 128.)
 _ROWS_IN_PARTS = 256
+# What the kernels of a whole layer take, as xla_ffi/mla.h has it: heads, and channels of its input.
+_LAYER_MAX_HEADS, _LAYER_MAX_WIDTH = 128, 8192
 _COMPILER = {"cpu": "C++", "cuda": "CUDA"}
 
 
@@ -60,7 +63,7 @@ def _load(platform: str) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
         built = (library.mla_jax_ffi_major(), library.mla_jax_ffi_minor())
-        handlers = {name: getattr(library, f"{name}_{platform}") for name in (_DECODE, _APPEND)}
+        handlers = {name: getattr(library, f"{name}_{platform}") for name in _TARGETS[platform]}
     except (OSError, AttributeError) as error:
         raise LibraryError(f"{path} does not load: {error}") from error
     runtime = _runtime_version()
@@ -110,6 +113,14 @@ def _workspace_bytes(*sizes: int) -> int:
     library = _load("cuda")
     library.mla_jax_cuda_workspace_bytes.restype = ctypes.c_size_t
     return library.mla_jax_cuda_workspace_bytes(*map(ctypes.c_int32, sizes))
+
+
+@functools.cache
+def _layer_workspace_bytes(h: int) -> int:
+    """Asks the CUDA library for the bytes that what passes between a layer's kernels takes."""
+    library = _load("cuda")
+    library.mla_jax_cuda_layer_workspace_bytes.restype = ctypes.c_size_t
+    return library.mla_jax_cuda_layer_workspace_bytes(ctypes.c_int32(h))
 
 
 def unsupported_reason(
@@ -322,3 +333,100 @@ def append(
         interleaved=interleaved,
     )
     return jax.lax.optimization_barrier(written)
+
+
+def layer_reason(
+    x: Any, pages: Any, block_table: Any, weights: Any, layer: Any, num_layers: int
+) -> str | None:
+    """Says why the kernels of a layer cannot run, or None; xla_ffi/handlers/cuda.cc checks as much.
+
+    Args:
+        x: as for `layer`, here and below, but of any shape.
+        pages: as there.
+        block_table: as there.
+        weights: as there.
+        layer: as there, or what is no Python number, such as a traced one.
+        num_layers: as there.
+    """
+    page_size, max_pages = pages.shape[1], block_table.shape[1]
+    if x.ndim != 3 or x.shape[:2] != (1, 1):
+        return f"x: got {list(x.shape)}, the kernels take one token of one sequence"
+    if pages.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"pages: got dtype {pages.dtype}, the kernels take bfloat16 and float16"
+    if page_size not in (16, 32, 64, 128) or pages.shape[3] != 576:
+        return (
+            f"pages: got page_size {page_size} and {pages.shape[3]} channels, "
+            "the kernels take 16, 32, 64 and 128, and 576"
+        )
+    if max_pages * page_size > 2**30:
+        return f"block_table: got {max_pages} pages of {page_size} tokens, the kernels take 2^30"
+    if not isinstance(layer, int | np.integer) or not 0 <= layer < num_layers:
+        return f"layer: got {layer}, the kernels take a Python number in [0, {num_layers})"
+    d, h = x.shape[2], weights.w_uk.shape[0]
+    if d % 512 or d > _LAYER_MAX_WIDTH:
+        return f"x: got {d} channels, the kernels take multiples of 512 up to {_LAYER_MAX_WIDTH}"
+    if h > _LAYER_MAX_HEADS:
+        return f"w_uk: got {h} heads, the kernels take up to {_LAYER_MAX_HEADS}"
+    shapes = {
+        "w_q": (d, h * (128 + 64)),
+        "w_kv": (d, 576),
+        "kv_norm": (512,),
+        "w_uk": (h, 512, 128),
+        "w_uv": (h, 512, 128),
+        "w_o": (h * 128, d),
+        "norm": (d,),
+    }
+    for name, array in {"x": x, **weights._asdict()}.items():
+        if array is None:  # no norm
+            continue
+        if array.dtype != pages.dtype:
+            return f"{name}: got dtype {array.dtype}, the kernels take that of pages {pages.dtype}"
+        if name in shapes and array.shape != shapes[name]:
+            return f"{name}: got {list(array.shape)}, the kernels take {list(shapes[name])}"
+    return _device_reason() or _library_reason("cuda")
+
+
+def layer(
+    x: jax.Array,
+    pages: jax.Array,
+    weights: Any,
+    *arrays: jax.Array,
+    layer: int,
+    num_layers: int,
+    norm_epsilon: float,
+    kv_norm_epsilon: float,
+    softmax_scale: float,
+    interleaved: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs an attention layer of one token; the letters are those of `mla_jax.layer`.
+
+    Args:
+        x: `[1, 1, d]`.
+        pages: `[num_layers * num_pages, page_size, 1, c + r]`.
+        weights: `mla_jax.layer.Weights`.
+        *arrays: cos, sin, block_table, seqlens and num_new, as for `mla_jax.append.append`.
+        layer: index of the layer in `pages`.
+        num_layers: layers in `pages`.
+        norm_epsilon: of the layer's own norm, any where it has none.
+        kv_norm_epsilon: of the latent's.
+        softmax_scale: factor of the scores.
+        interleaved: of the rotation.
+
+    Returns:
+        `pages`, the same memory, and `[1, 1, d]`: the layer's output, plus x if it has a norm.
+    """
+    *always, norm = weights
+    operands = (pages, x, *always, *arrays, *([] if norm is None else [norm]))
+    workspace = jax.ShapeDtypeStruct((_layer_workspace_bytes(len(weights.w_uk)),), jnp.uint8)
+    results = (*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (pages, x)), workspace)
+    written, y, _ = jax.ffi.ffi_call(_LAYER, results, input_output_aliases={0: 0})(
+        *jax.lax.optimization_barrier(operands),  # as for the append, like that of the results
+        layer=np.int32(layer),
+        num_layers=np.int32(num_layers),
+        num_pages=np.int32(pages.shape[0] // num_layers),
+        norm_epsilon=np.float32(norm_epsilon),
+        kv_norm_epsilon=np.float32(kv_norm_epsilon),
+        softmax_scale=np.float32(softmax_scale),
+        interleaved=interleaved,
+    )
+    return jax.lax.optimization_barrier((written, y))

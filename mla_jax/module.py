@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
+from mla_jax import layer as one_call
 from mla_jax.cache import PagedKVCache
-from mla_jax.decode import Implementation, flash_mla_of_parts
+from mla_jax.decode import Implementation, check_implementation, flash_mla_of_parts
 from mla_jax.linear import dot_general
 from mla_jax.partitioning import TENSOR, cut
 from mla_jax.rope import RopeConfig, apply_rope, rope_tables, softmax_scale
@@ -184,6 +185,7 @@ class MultiHeadLatentAttention(nnx.Module):
         cache: PagedKVCache,
         layer: int | jax.Array,
         *,
+        norm: nnx.RMSNorm | None = None,
         absorbed: Absorbed | None = None,
         schedule: tuple[jax.Array, jax.Array] | None = None,
         implementation: Implementation = None,
@@ -193,11 +195,19 @@ class MultiHeadLatentAttention(nnx.Module):
         `q k^T = q_nope W_UK^T c^T + q_pe k_pe^T`, so W_UK goes to the query and W_UV to the output,
         and every head reads the same latents.
 
+        On a Hopper GPU all of it is one custom call for one token of one sequence, where
+        implementation "ffi" comes first, the process has one device, `layer` is a Python number,
+        queries have no latent of their own, nothing has a bias, and parameters, x and cache are all
+        bfloat16 or all float16 and of DeepSeek's widths. It keeps float32 between its steps, and
+        its gradients are those of the other form.
+
         Args:
             x: `[max_seqs, t, hidden_size]`; slot i's new tokens are the last `cache.num_new[i]` of
                 the t columns, what stands before them is padding.
             cache: after `cache.reserve` for these tokens.
             layer: index of this layer in the cache.
+            norm: the layer's own norm before it; given one, the result is `x + attention(norm(x))`,
+                the residual sum included.
             absorbed: what `absorb` gave, for the steps of a loop; None does it anew.
             schedule: `get_mla_metadata(cache.seqlens, t * num_heads, 1)`, to share it among layers;
                 None schedules inside the op.
@@ -206,26 +216,13 @@ class MultiHeadLatentAttention(nnx.Module):
         Returns:
             `[max_seqs, t, hidden_size]`, meaningless in padding columns, and the cache.
         """
-        q_nope, q_pe, cache = self._append(x, cache, layer, implementation)
-        w_uk, w_uv = (x.astype(q_nope.dtype) for x in absorbed or self.absorb())
-        # The product by heads that lies as the op's kernel takes it: heads, sequences, channels.
-        q_latent = jax.lax.dot_general(q_nope, w_uk, (((3,), (2,)), ((2,), (0,))))
-        q_latent = jnp.moveaxis(q_latent, 0, 2)
-        metadata, num_splits = schedule or (None, None)
-        out, _ = flash_mla_of_parts(
-            [part.astype(cache.dtype) for part in (q_latent, q_pe)],
-            cache.pages,
-            cache.layer_table(layer),
-            cache.seqlens,
-            self.kv_lora_rank,
-            metadata,
-            num_splits,
-            softmax_scale=self.softmax_scale,
-            causal=True,
-            implementation=implementation,
-        )
-        out = jnp.einsum("bthc,hcv->bthv", out.astype(q_nope.dtype), w_uv)
-        return self._project(out), cache
+        self._check_input(x)
+        names = check_implementation(implementation)
+        inputs = (self, norm, x, cache, layer, absorbed)
+        plain = type(self)._decode
+        if type(self) is MultiHeadLatentAttention and names[0] == "ffi" and one_call.takes(*inputs):
+            return one_call.decode(plain, *inputs, schedule, names)
+        return plain(*inputs, schedule, names)
 
     def absorb(self) -> Absorbed:
         """Takes `kv_b_proj` apart into W_UK `[h, c, n]` and W_UV `[h, c, v]`, for `decode`.
@@ -304,6 +301,39 @@ class MultiHeadLatentAttention(nnx.Module):
         )
         return jnp.concatenate([k_nope, k_pe], axis=-1), v
 
+    def _decode(
+        self,
+        norm: nnx.RMSNorm | None,
+        x: jax.Array,
+        cache: PagedKVCache,
+        layer: int | jax.Array,
+        absorbed: Absorbed | None,
+        schedule: tuple[jax.Array, jax.Array] | None,
+        names: tuple[str, ...],
+    ) -> tuple[jax.Array, PagedKVCache]:
+        """Is `decode`, step by step."""
+        q_nope, q_pe, cache = self._append(x if norm is None else norm(x), cache, layer, names)
+        w_uk, w_uv = (x.astype(q_nope.dtype) for x in absorbed or self.absorb())
+        # The product by heads that lies as the op's kernel takes it: heads, sequences, channels.
+        q_latent = jax.lax.dot_general(q_nope, w_uk, (((3,), (2,)), ((2,), (0,))))
+        q_latent = jnp.moveaxis(q_latent, 0, 2)
+        metadata, num_splits = schedule or (None, None)
+        out, _ = flash_mla_of_parts(
+            [part.astype(cache.dtype) for part in (q_latent, q_pe)],
+            cache.pages,
+            cache.layer_table(layer),
+            cache.seqlens,
+            self.kv_lora_rank,
+            metadata,
+            num_splits,
+            softmax_scale=self.softmax_scale,
+            causal=True,
+            implementation=names,
+        )
+        out = jnp.einsum("bthc,hcv->bthv", out.astype(q_nope.dtype), w_uv)
+        out = self._project(out)
+        return out if norm is None else x + out, cache
+
     def _append(
         self,
         x: jax.Array,
@@ -323,14 +353,15 @@ class MultiHeadLatentAttention(nnx.Module):
                 f"x: got {x.shape[0]} sequences, expected the cache's max_seqs {cache.max_seqs}"
             )
         positions = cache.positions(x.shape[1])
-        scale = self.kv_a_layernorm.scale
+        norm = self.kv_a_layernorm
+        scale = norm.scale
         assert scale is not None  # nnx.RMSNorm has one unless told otherwise
         cache = cache.append_projected(
             layer,
             self.kv_a_proj_with_mqa(x),
             scale[...],
             *rope_tables(self.rope, positions, self.qk_rope_head_dim),
-            epsilon=_LATENT_NORM_EPS,
+            epsilon=norm.epsilon,
             interleaved=self.rope.interleaved,
             implementation=implementation,
         )

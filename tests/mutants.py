@@ -185,7 +185,22 @@ MUTANTS = {
         "test_append.py -k cut",
     ),
     "kernel called without its place for the result": Mutant(
-        "ffi.py", ", input_output_aliases={0: 0}", "", "test_append.py -k in_place"
+        "ffi.py", "_APPEND, result, input_output_aliases={0: 0}", "_APPEND, result",
+        "test_append.py -k in_place",
+    ),
+    "layer called without its place for the pages": Mutant(
+        "ffi.py", "_LAYER, results, input_output_aliases={0: 0}", "_LAYER, results",
+        "test_layer.py -k lowered",
+    ),
+    "layer called with weights cut among devices": Mutant(
+        "layer.py", " or jax.device_count() != 1", "", "test_layer.py -k several_devices"
+    ),
+    "layer called whatever its projections have become": Mutant(
+        "layer.py", "type(x) is nnx.Linear", "isinstance(x, nnx.Linear)", "test_layer.py -k lowered"
+    ),
+    "norm of the layer forgets the residual sum": Mutant(
+        "module.py", "return out if norm is None else x + out, cache", "return out, cache",
+        "test_layer.py -k own",
     ),
     "finished prompts keep their pages": Mutant(
         "generate.py", "cache=cache.release(finished)", "cache=cache", "test_generate.py"

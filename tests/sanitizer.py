@@ -10,13 +10,14 @@ r"""Small calls of every template of the CUDA kernels, for compute-sanitizer; ne
 LIBRARY is the kernels alone, without XLA:
 
     nvcc -O3 -std=c++17 -arch=sm_90a -shared -Xcompiler -fPIC -o LIBRARY \
-        xla_ffi/cuda/sm90/decode/launch.cu xla_ffi/cuda/sm90/append.cu
+        xla_ffi/cuda/sm90/{decode/launch,layer/launch,append}.cu
 
 RACECHECK is the same with -DMLA_JAX_RACECHECK: racecheck does not follow `bar.arrive`, nor
 barriers that some warps pass more often than others (xla_ffi/cuda/sm90/ptx.cuh).
 """
 
 import ctypes
+import dataclasses
 import os
 import sys
 from typing import Any
@@ -27,7 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 import shapes
+import test_layer
 from reference import Problem, assert_close, assert_rounded, assert_same_bits, attend, problem
+
+from mla_jax.layer import weights
+from mla_jax.rope import rope_tables
 
 MARGIN = 1 << 20  # bytes
 
@@ -63,6 +68,21 @@ class AppendParams(ctypes.Structure):
         interleaved=ctypes.c_int32,
         dtype=ctypes.c_int32,
         scale_dtype=ctypes.c_int32,
+    )
+
+
+class LayerParams(ctypes.Structure):
+    """MlaLayerParams of xla_ffi/mla.h."""
+
+    _fields_ = _fields(
+        "x norm w_q w_kv kv_norm w_uk w_uv w_o cos sin block_table seqlen num_new pages y "
+        "workspace",
+        "d h n r c v layer num_layers num_pages page_size max_pages",
+        norm_epsilon=ctypes.c_float,
+        kv_norm_epsilon=ctypes.c_float,
+        softmax_scale=ctypes.c_float,
+        interleaved=ctypes.c_int32,
+        dtype=ctypes.c_int32,
     )
 
 
@@ -198,6 +218,64 @@ def check_append(device: Device, library: ctypes.CDLL) -> int:
     return count
 
 
+def run_layer(
+    device: Device, library: ctypes.CDLL, layer: test_layer.Layer, x: Any, cache: Any, norm: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Calls the kernels of a layer, the second of the cache's; returns y and the pages."""
+    attention = layer.attention
+    *matrices, own = weights(attention, layer.norm if norm else None, None)
+    angles = rope_tables(attention.rope, cache.positions(1), attention.qk_rope_head_dim)
+    integers = (cache.block_table, cache.seqlens, cache.num_new)
+    arrays = [device.put(np.asarray(a)) for a in (x, *matrices, *angles, *integers, cache.pages)]
+    own = device.put(np.asarray(own)) if norm else None
+    d, h = x.shape[-1], attention.num_heads
+    y = np.empty((d,), x.dtype)
+    memory = np.full(y.nbytes + 2 * MARGIN, 0xA5, np.uint8)
+    result = device.put(memory)
+    library.mla_sm90_layer_workspace_bytes.restype = ctypes.c_size_t
+    workspace = device.allocate(library.mla_sm90_layer_workspace_bytes(h))
+    sizes = (1, cache.num_layers, cache.num_pages, cache.pages.shape[1], cache.block_table.shape[1])
+    params = LayerParams(
+        *(arrays[0], own, *arrays[1:], result.value + MARGIN, workspace),
+        *(d, h, 128, 64, 512, 128, *sizes, test_layer.EPSILON, test_layer.KV_EPSILON),
+        *(attention.softmax_scale, attention.rope.interleaved, x.dtype == np.float16),
+    )
+    if error := library.mla_sm90_layer(ctypes.byref(params), None):
+        sys.exit(f"layer: CUDA error {error}")
+    before, inside, after = np.split(device.get(result, memory), [MARGIN, -MARGIN])
+    assert np.all(np.append(before, after) == 0xA5), "written outside a result"
+    pages = device.get(arrays[-1], np.empty(cache.pages.shape, cache.dtype))
+    for pointer in (*arrays, result, workspace, *([own] if norm else [])):
+        device.call("cuMemFree_v2", pointer)
+    return inside.view(y.dtype)[None, None], pages
+
+
+def check_layer(device: Device, library: ctypes.CDLL) -> int:
+    """Holds layers of one token to float64, also where lengths and tables are anything."""
+    cases = [
+        (16, 2048, 4100, 64, "bfloat16", True, True),
+        (16, 512, 9000, 128, "float16", False, False),
+        (3, 512, 40, 16, "float16", True, True),
+        (33, 2560, 300, 32, "bfloat16", False, True),
+        (128, 512, 700, 64, "bfloat16", True, False),
+    ]
+    for h, d, length, page_size, dtype, interleaved, norm in cases:
+        layer = test_layer.Layer(h, d, dtype, interleaved)
+        x, cache = test_layer.drawn(length, d, page_size=page_size, dtype=dtype)
+        y, pages = run_layer(device, library, layer, x, cache, norm)
+        want, added, written = test_layer.definition(layer, x, cache, 1, norm)
+        test_layer.assert_near(y, want, added)
+        assert_rounded(pages, written)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        table, *counts = (rng.integers(-(2**31), 2**31, n) for n in (cache.block_table.size, 1, 1))
+        integers = [jnp.asarray(v, jnp.int32) for v in (table[None], *counts)]
+        names = ("block_table", "seqlens", "num_new")
+        wild = dataclasses.replace(cache, **dict(zip(names, integers, strict=True)))
+        run_layer(device, library, layer, x, wild, norm)
+    return len(cases)
+
+
 def main() -> None:
     """Holds each case to the oracle, so that what is checked is also right."""
     library = ctypes.CDLL(sys.argv[1])
@@ -228,7 +306,8 @@ def main() -> None:
     for invariant in (False, True):
         run(device, library, p, False, invariant)
     appends = check_append(device, library)
-    print(len(cases), "cases and", appends, "appends agree with the oracle")
+    layers = check_layer(device, library)
+    print(f"{len(cases)} cases, {appends} appends and {layers} layers agree with the oracle")
 
 
 if __name__ == "__main__":

@@ -269,10 +269,13 @@ def test_only_our_symbols_are_visible():
         "mla_jax_append_cuda",
         "mla_jax_check_append_cuda",
         "mla_jax_check_cuda",
+        "mla_jax_check_layer_cuda",
+        "mla_jax_cuda_layer_workspace_bytes",
         "mla_jax_cuda_workspace_bytes",
         "mla_jax_decode_cuda",
         "mla_jax_ffi_major",
         "mla_jax_ffi_minor",
+        "mla_jax_layer_cuda",
     }
     needed = subprocess.run(["readelf", "-d", path], capture_output=True, text=True).stdout
     assert "libcuda" not in needed  # neither the driver's library nor a shared runtime

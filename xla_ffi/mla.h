@@ -89,6 +89,52 @@ typedef struct MlaAppendParams {
 // Enqueues the append, as mla_sm90_decode does; returns what that returns.
 int mla_sm90_append(const MlaAppendParams* params, void* stream);
 
+// One attention layer of one new token of one sequence, whose queries have no latent of their own:
+//
+//   z = x / sqrt(mean(x^2) + norm_epsilon) * norm, or x if norm is null
+//   q = z w_q, of each head n channels without and r with position; latent = z w_kv
+//   the append of the latent, and of the rotated rest, to the sequence's pages (MlaAppendParams)
+//   o = paged decode of (q w_uk, rotated q)
+//   y = (o w_uv) w_o, plus x if norm is not null
+//
+// Everything is of `dtype`, 16 bits, and row-major; sums are of float and stay so between the
+// steps, but for q and o as the decode takes and gives them. The kernels take the widths that
+// mla_sm90_layer checks.
+typedef struct MlaLayerParams {
+  const void* x;               // [d]
+  const void* norm;            // [d], or null
+  const void* w_q;             // [d, h * (n + r)]
+  const void* w_kv;            // [d, c + r]
+  const void* kv_norm;         // [c]
+  const void* w_uk;            // [h, c, n]
+  const void* w_uv;            // [h, c, v]
+  const void* w_o;             // [h * v, d]
+  const float* cos;            // [r / 2], of the new token
+  const float* sin;            // like cos
+  const int32_t* block_table;  // [max_pages], page ids of one layer
+  const int32_t* seqlen;       // [1], the new token included
+  const int32_t* num_new;      // [1]; 0: nothing is appended
+  void* pages;                 // [num_layers * num_pages, page_size, c + r]
+  void* y;                     // [d]
+  void* workspace;             // mla_sm90_layer_workspace_bytes() bytes, 128-byte aligned
+
+  int32_t d, h, n, r, c, v;
+  int32_t layer, num_layers, num_pages, page_size, max_pages;
+  float norm_epsilon, kv_norm_epsilon;
+  float softmax_scale;  // > 0
+  int32_t interleaved;  // rotated pairs are neighbours; otherwise halves of the channels
+  MlaDtype dtype;
+} MlaLayerParams;
+
+// The widest that the kernels take: heads, and channels of the residual stream, in steps of 512.
+enum { MLA_SM90_LAYER_MAX_HEADS = 128, MLA_SM90_LAYER_MAX_WIDTH = 8192 };
+
+// Bytes of workspace of a layer of `h` heads.
+size_t mla_sm90_layer_workspace_bytes(int32_t h);
+
+// Enqueues the layer, as mla_sm90_decode does its op; returns what that returns.
+int mla_sm90_layer(const MlaLayerParams* params, void* stream);
+
 // Appends on the calling thread.
 void mla_cpu_append(const MlaAppendParams* params);
 

@@ -132,15 +132,15 @@ def _decode(
         schedule = get_mla_metadata(cache.seqlens, stack.layers[0].num_heads, 1)
         y = x
         for i, (norm, layer) in enumerate(zip(stack.norms, stack.layers, strict=True)):
-            out, cache = layer.decode(
-                norm(y),
+            y, cache = layer.decode(
+                y,
                 cache,
                 i % cache.num_layers,
+                norm=norm,
                 absorbed=absorbed[i],
                 schedule=schedule,
                 implementation=implementation,
             )
-            y = y + out
         return y, cache
 
     return jax.lax.fori_loop(0, steps, step, (x, cache))

@@ -70,16 +70,20 @@ bool TakesDtype(ffi::DataType dtype, MlaDtype& p) {
 
 }  // namespace
 
-std::string Describe(const ffi::AnyBuffer& x) {
+std::string Describe(ffi::DataType dtype, const int64_t* dims, size_t rank) {
   std::ostringstream text;
-  text << NameOf(x.element_type()) << "[";
+  text << NameOf(dtype) << "[";
   const char* separator = "";
-  for (int64_t n : x.dimensions()) {
-    text << separator << n;
+  for (size_t axis = 0; axis < rank; ++axis) {
+    text << separator << dims[axis];
     separator = ", ";
   }
   text << "]";
   return text.str();
+}
+
+std::string Describe(const ffi::AnyBuffer& x) {
+  return Describe(x.element_type(), x.dimensions().begin(), x.dimensions().size());
 }
 
 ffi::Error Invalid(const std::string& operand, const std::string& got, const std::string& expected,

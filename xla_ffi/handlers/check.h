@@ -7,6 +7,7 @@
 #ifndef MLA_JAX_HANDLERS_CHECK_H_
 #define MLA_JAX_HANDLERS_CHECK_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -20,6 +21,7 @@ namespace ffi = xla::ffi;
 
 // For example bfloat16[2, 1, 16, 576].
 std::string Describe(const ffi::AnyBuffer& x);
+std::string Describe(ffi::DataType dtype, const int64_t* dims, size_t rank);
 
 // An error that says which operand, result or attribute is wrong, what it is and what it may be.
 ffi::Error Invalid(const std::string& operand, const std::string& got, const std::string& expected,

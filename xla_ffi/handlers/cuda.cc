@@ -7,8 +7,10 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <utility>
@@ -175,6 +177,158 @@ ffi::Error CheckAppendOnly(ffi::AnyBuffer pages, ffi::AnyBuffer latents, ffi::An
                          *result, num_layers, num_pages, page_size, epsilon, interleaved, params);
 }
 
+// All of a layer: its operands, results and attributes in the order of LayerOperands.
+ffi::Error CheckLayer(ffi::AnyBuffer pages, ffi::AnyBuffer x, ffi::AnyBuffer w_q,
+                      ffi::AnyBuffer w_kv, ffi::AnyBuffer kv_norm, ffi::AnyBuffer w_uk,
+                      ffi::AnyBuffer w_uv, ffi::AnyBuffer w_o, ffi::AnyBuffer cos,
+                      ffi::AnyBuffer sin, ffi::AnyBuffer block_table, ffi::AnyBuffer seqlens,
+                      ffi::AnyBuffer num_new, std::optional<ffi::AnyBuffer> norm,
+                      ffi::Result<ffi::AnyBuffer> result, ffi::Result<ffi::AnyBuffer> y,
+                      ffi::Result<ffi::AnyBuffer> workspace, int32_t layer, int32_t num_layers,
+                      int32_t num_pages, float norm_epsilon, float kv_norm_epsilon,
+                      float softmax_scale, bool interleaved, MlaLayerParams& p) {
+  constexpr int64_t c = 512, r = 64, n = 128, v = 128;
+  const auto invalid = [](const char* operand, const std::string& got,
+                          const std::string& expected) {
+    return Invalid(operand, got, expected, "mla_jax_layer");
+  };
+  const ffi::DataType dtype = pages.element_type();
+  if (dtype != ffi::DataType::BF16 && dtype != ffi::DataType::F16) {
+    return invalid("pages", Describe(pages), "bfloat16 or float16");
+  }
+  const auto rows = pages.dimensions();
+  if (rows.size() != 4 || rows[2] != 1 || rows[3] != c + r) {
+    return invalid("pages", Describe(pages), "[num_layers * num_pages, page_size, 1, 576]");
+  }
+  const int64_t page_size = rows[1];
+  if (page_size != 16 && page_size != 32 && page_size != 64 && page_size != 128) {
+    return invalid("pages", "page_size " + std::to_string(page_size), "16, 32, 64 or 128");
+  }
+  for (const auto& [name, count] :
+       {std::pair{"num_layers", num_layers}, {"num_pages", num_pages}}) {
+    if (count < 1) return invalid(name, std::to_string(count), "at least 1");
+  }
+  const int64_t num_rows = int64_t{num_layers} * num_pages;
+  if (rows[0] != num_rows || num_rows > INT32_MAX) {
+    return invalid("pages", std::to_string(rows[0]) + " rows",
+                   "num_layers * num_pages = " + std::to_string(num_rows) + ", less than 2^31");
+  }
+  if (layer < 0 || layer >= num_layers) {
+    return invalid("layer", std::to_string(layer),
+                   "0 <= layer < num_layers = " + std::to_string(num_layers));
+  }
+  const auto width = x.dimensions();
+  const int64_t d = width.size() == 3 ? width[2] : 0;
+  if (d < 512 || d % 512 != 0 || d > MLA_SM90_LAYER_MAX_WIDTH) {
+    return invalid(
+        "x", Describe(x),
+        "[1, 1, d], d a multiple of 512 up to " + std::to_string(MLA_SM90_LAYER_MAX_WIDTH));
+  }
+  const auto heads = w_uk.dimensions();
+  const int64_t h = heads.size() == 3 ? heads[0] : 0;
+  if (h < 1 || h > MLA_SM90_LAYER_MAX_HEADS) {
+    return invalid("w_uk", Describe(w_uk),
+                   "[h, 512, 128], 1 <= h <= " + std::to_string(MLA_SM90_LAYER_MAX_HEADS));
+  }
+  const auto table = block_table.dimensions();
+  const int64_t max_pages = table.size() == 2 ? table[1] : 0;
+  if (max_pages < 1 || max_pages > MLA_SM90_MAX_SEQUENCE_TOKENS / page_size) {
+    return invalid("block_table", Describe(block_table),
+                   "int32[1, max_pages], pages of 1 to 2^30 tokens in all");
+  }
+  ffi::Error error = ffi::Error::Success();
+  const auto is = [&](const char* operand, const ffi::AnyBuffer& got, ffi::DataType type,
+                      std::initializer_list<int64_t> shape) {
+    const auto dims = got.dimensions();
+    const bool right = got.element_type() == type &&
+                       std::equal(dims.begin(), dims.end(), shape.begin(), shape.end());
+    if (!right) {
+      error = invalid(operand, Describe(got), Describe(type, shape.begin(), shape.size()));
+    }
+    return right;
+  };
+  const auto f32 = ffi::DataType::F32, s32 = ffi::DataType::S32;
+  if (!is("x", x, dtype, {1, 1, d}) || !is("w_q", w_q, dtype, {d, h * (n + r)}) ||
+      !is("w_kv", w_kv, dtype, {d, c + r}) || !is("kv_norm", kv_norm, dtype, {c}) ||
+      !is("w_uk", w_uk, dtype, {h, c, n}) || !is("w_uv", w_uv, dtype, {h, c, v}) ||
+      !is("w_o", w_o, dtype, {h * v, d}) || !is("cos", cos, f32, {1, 1, r / 2}) ||
+      !is("sin", sin, f32, {1, 1, r / 2}) || !is("block_table", block_table, s32, {1, max_pages}) ||
+      !is("seqlens", seqlens, s32, {1}) || !is("num_new", num_new, s32, {1}) ||
+      (norm.has_value() && !is("norm", *norm, dtype, {d})) || !is("y", *y, dtype, {1, 1, d})) {
+    return error;
+  }
+  for (const auto& [name, epsilon] :
+       {std::pair{"norm_epsilon", norm_epsilon}, std::pair{"kv_norm_epsilon", kv_norm_epsilon}}) {
+    if (!(epsilon >= 0) || !std::isfinite(epsilon)) {
+      return invalid(name, std::to_string(epsilon), "a finite number of at least 0");
+    }
+  }
+  if (!(softmax_scale > 0) || !std::isfinite(softmax_scale)) {
+    return invalid("softmax_scale", std::to_string(softmax_scale), "a positive finite number");
+  }
+  if (!is("result", *result, dtype, {num_rows, page_size, 1, c + r})) return error;
+  if (result->untyped_data() != pages.untyped_data()) {
+    return invalid("result", Describe(*result) + " of its own",
+                   "the memory of pages, " + Describe(pages));
+  }
+  const size_t bytes = mla_sm90_layer_workspace_bytes(static_cast<int32_t>(h));
+  if (workspace->size_bytes() < bytes) {
+    return invalid("workspace", std::to_string(workspace->size_bytes()) + " bytes",
+                   "at least " + std::to_string(bytes));
+  }
+
+  p.x = x.untyped_data();
+  p.norm = norm.has_value() ? norm->untyped_data() : nullptr;
+  p.w_q = w_q.untyped_data();
+  p.w_kv = w_kv.untyped_data();
+  p.kv_norm = kv_norm.untyped_data();
+  p.w_uk = w_uk.untyped_data();
+  p.w_uv = w_uv.untyped_data();
+  p.w_o = w_o.untyped_data();
+  p.cos = static_cast<const float*>(cos.untyped_data());
+  p.sin = static_cast<const float*>(sin.untyped_data());
+  p.block_table = static_cast<const int32_t*>(block_table.untyped_data());
+  p.seqlen = static_cast<const int32_t*>(seqlens.untyped_data());
+  p.num_new = static_cast<const int32_t*>(num_new.untyped_data());
+  p.pages = pages.untyped_data();
+  p.y = y->untyped_data();
+  p.workspace = workspace->untyped_data();
+  p.d = static_cast<int32_t>(d);
+  p.h = static_cast<int32_t>(h);
+  p.n = n;
+  p.r = r;
+  p.c = c;
+  p.v = v;
+  p.layer = layer;
+  p.num_layers = num_layers;
+  p.num_pages = num_pages;
+  p.page_size = static_cast<int32_t>(page_size);
+  p.max_pages = static_cast<int32_t>(max_pages);
+  p.norm_epsilon = norm_epsilon;
+  p.kv_norm_epsilon = kv_norm_epsilon;
+  p.softmax_scale = softmax_scale;
+  p.interleaved = interleaved;
+  p.dtype = dtype == ffi::DataType::BF16 ? MLA_BF16 : MLA_F16;
+  return ffi::Error::Success();
+}
+
+// The arguments of the handlers of a layer are those of its check, which names them.
+constexpr auto LayerCuda = [](cudaStream_t stream, auto... arguments) {
+  MlaLayerParams params = {};
+  ffi::Error refused = CheckLayer(arguments..., params);
+  if (refused.failure()) return refused;
+  refused = CheckDevice("mla_jax_layer");
+  if (refused.failure()) return refused;
+  const auto error = static_cast<cudaError_t>(mla_sm90_layer(&params, stream));
+  if (error != cudaSuccess) return Failed("mla_jax_layer: launching the kernels", error);
+  return ffi::Error::Success();
+};
+
+constexpr auto CheckLayerOnly = [](auto... arguments) {
+  MlaLayerParams params = {};
+  return CheckLayer(arguments..., params);
+};
+
 ffi::Error CheckOnly(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer block_table,
                      ffi::AnyBuffer cache_seqlens, std::optional<ffi::AnyBuffer> q_pe,
                      ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
@@ -201,6 +355,35 @@ auto Operands(Binding binding) {
       .template Attr<bool>("batch_invariant");
 }
 
+template <typename Binding>
+auto LayerOperands(Binding binding) {
+  return std::move(binding)
+      .template Arg<ffi::AnyBuffer>()          // pages
+      .template Arg<ffi::AnyBuffer>()          // x
+      .template Arg<ffi::AnyBuffer>()          // w_q
+      .template Arg<ffi::AnyBuffer>()          // w_kv
+      .template Arg<ffi::AnyBuffer>()          // kv_norm
+      .template Arg<ffi::AnyBuffer>()          // w_uk
+      .template Arg<ffi::AnyBuffer>()          // w_uv
+      .template Arg<ffi::AnyBuffer>()          // w_o
+      .template Arg<ffi::AnyBuffer>()          // cos
+      .template Arg<ffi::AnyBuffer>()          // sin
+      .template Arg<ffi::AnyBuffer>()          // block_table
+      .template Arg<ffi::AnyBuffer>()          // seqlens
+      .template Arg<ffi::AnyBuffer>()          // num_new
+      .template OptionalArg<ffi::AnyBuffer>()  // norm, where the layer has its own
+      .template Ret<ffi::AnyBuffer>()          // pages again, the same memory
+      .template Ret<ffi::AnyBuffer>()          // y
+      .template Ret<ffi::AnyBuffer>()  // workspace: mla_jax_cuda_layer_workspace_bytes() bytes
+      .template Attr<int32_t>("layer")
+      .template Attr<int32_t>("num_layers")
+      .template Attr<int32_t>("num_pages")
+      .template Attr<float>("norm_epsilon")
+      .template Attr<float>("kv_norm_epsilon")
+      .template Attr<float>("softmax_scale")
+      .template Attr<bool>("interleaved");
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_jax_decode_cuda, DecodeCuda,
@@ -213,8 +396,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_jax_check_append_cuda, CheckAppendOnly,
                               AppendOperands(ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    mla_jax_layer_cuda, LayerCuda,
+    LayerOperands(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
+    {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_jax_check_layer_cuda, CheckLayerOnly,
+                              LayerOperands(ffi::Ffi::Bind()));
 
 }  // namespace mla
+
+// Bytes of the result `workspace` of a layer of `h` heads.
+extern "C" size_t mla_jax_cuda_layer_workspace_bytes(int32_t h) {
+  return mla_sm90_layer_workspace_bytes(h);
+}
 
 // Bytes of the result `workspace` of a call of these sizes, on any device.
 extern "C" size_t mla_jax_cuda_workspace_bytes(int32_t b, int32_t s_q, int32_t h_q, int32_t h_kv,

@@ -185,6 +185,41 @@ __device__ __forceinline__ uint32_t release_add(uint32_t* p, uint32_t n) {
   return before;
 }
 
+// ---- Chains of kernels, each launched before the one before it has ended ----
+
+// Waits until the kernels before have ended, and what they wrote is there.
+__device__ __forceinline__ void grid_dependency_wait() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// The kernel that follows may start once all CTAs have said so.
+__device__ __forceinline__ void launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// ---- Clusters of CTAs ----
+
+// All threads of the cluster arrive, and wait before they arrive again. What they wrote before the
+// arrival is there after the wait.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Writes to the variable that is `p` in this CTA, but that of another CTA of the cluster.
+__device__ __forceinline__ void store_in_cluster(float* p, int rank, float v) {
+  asm volatile(
+      "{\n"
+      ".reg .u32 address;\n"
+      "mapa.shared::cluster.u32 address, %0, %1;\n"
+      "st.shared::cluster.f32 [address], %2;\n"
+      "}\n" ::"r"(smem_address(p)),
+      "r"(rank), "f"(v)
+      : "memory");
+}
+
 // ---- Arithmetic and fragments ----
 
 __device__ __forceinline__ float exp2_approx(float x) {

@@ -26,8 +26,15 @@
 
 namespace mla {
 
-template <typename T, int kPieces>
+// What the kernel is launched as.
+enum class Form {
+  kOp,     // the whole op
+  kChain,  // in a chain of kernels, of one sequence with one query, see chain.h
+};
+
+template <typename T, int kPieces, Form kForm>
 struct Decode {
+  static constexpr bool kInChain = kForm == Form::kChain;
   using Mma = wgmma::Mma<T>;
   static constexpr int kBlockShift = 6;                // log2 of the tokens of a block
   static constexpr int kMaxPages = kBlockTokens / 16;  // of a block, with the smallest pages
@@ -38,6 +45,7 @@ struct Decode {
   __device__ static void produce_queries(const DecodeArgs& args, const QueryMaps& maps,
                                          Shared& shared, Place place) {
     constexpr int kValuePieces = kValueColumns / 64;
+    if constexpr (kInChain) ptx::grid_dependency_wait();
     const int height = shared.part.height;
     const int box_bytes = query_box_rows(args.rows, shared.part.height) * 128;
     for_each_item(args, shared.part, [&](const Item& item) {
@@ -141,14 +149,21 @@ struct Decode {
                          : -1;
         }
       };
+      // The kernel before writes a token of the last block; blocks are copied in order.
+      const int last_block = sequence_blocks(item.tokens) - 1;
+      const auto wait_for = [&](int block) {
+        if (kInChain && block == last_block) ptx::grid_dependency_wait();
+      };
       int even[kPages], odd[kPages];  // pages of the next blocks for the two buffers
       find_pages(item.begin, even);
       find_pages(item.begin + 1, odd);
 #pragma unroll 1
       for (int block = item.begin; block < item.end; block += 2) {
+        wait_for(block);
         copy_block<0>(args, maps, shared, place, block, even, uses[0], policy, early);
         find_pages(block + 2, even);
         if (block + 1 == item.end) break;
+        wait_for(block + 1);
         copy_block<1>(args, maps, shared, place, block + 1, odd, uses[1], policy, early);
         find_pages(block + 3, odd);
         if (in_step) {
@@ -404,6 +419,45 @@ struct Decode {
     }
   }
 
+  // Adds up what the quads of both warpgroups have of the row sums.
+  __device__ __forceinline__ static void add_sums(Shared& shared, const Item& item,
+                                                  const Rows& rows, int half, RowPair& sum) {
+    float(&sums)[2][kTileRows] = shared.sum[item.parity];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      sum.v[e] = quad_sum(sum.v[e]);
+      if (threadIdx.x % 4 == 0) sums[half][rows.local + 8 * e] = sum.v[e];
+    }
+    ptx::named_barrier_sync(kConsumers, kConsumerThreads);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      sum.v[e] = sums[0][rows.local + 8 * e] + sums[1][rows.local + 8 * e];
+    }
+  }
+
+  // Writes a piece for the kernel that follows: the unnormalised output, [part, head, column] of
+  // floats, and the statistics, [part, head].
+  __device__ __forceinline__ static void store_piece(const DecodeArgs& args, const Place& place,
+                                                     const Rows& rows, int half,
+                                                     const float (&output)[128], const RowPair& max,
+                                                     const RowPair& sum) {
+    const int lane = threadIdx.x % 4;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int row = place.first_row + rows.local + 8 * e;
+      if (row >= place.end_row) continue;
+      const int64_t at = int64_t{place.part} * args.rows + row;
+      float* dst = reinterpret_cast<float*>(args.partial_out) + at * kValueColumns +
+                   half * kHalfColumns + 2 * lane;
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        __stcg(reinterpret_cast<float2*>(dst + 8 * i),
+               make_float2(output[4 * i + 2 * e], output[4 * i + 2 * e + 1]));
+      }
+      if (half == 0 && lane == 0) __stcg(args.partial_stats + at, make_float2(max.v[e], sum.v[e]));
+    }
+  }
+
   // What a consumer warpgroup does; only the walk over the blocks differs between the two.
   __device__ static void consume(const DecodeArgs& args, Shared& shared, const Place& place,
                                  int half) {
@@ -424,6 +478,14 @@ struct Decode {
         consume_odd(args, shared, item, rows, uses, output, max, sum);
       }
       if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.query_empty);
+      if constexpr (kInChain) {
+        // Not earlier: the weights that the next kernels ask for would come before blocks.
+        if (threadIdx.x == 0) ptx::launch_dependents();
+        add_sums(shared, item, rows, half, sum);
+        ptx::grid_dependency_wait();  // before anything is written; over long since
+        store_piece(args, place, rows, half, output, max, sum);
+        return;
+      }
 
       // What a partial result consists of needs no other warp, but the sums of its rows.
       const bool whole = item.whole && rehearsal == Rehearsal::kNone;
@@ -436,17 +498,7 @@ struct Decode {
         exponents = is_half(args, tile_rows) ? store_values<__half>(args, slot, half, output)
                                              : store_values<float>(args, slot, half, output);
       }
-      float(&sums)[2][kTileRows] = shared.sum[item.parity];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        sum.v[e] = quad_sum(sum.v[e]);
-        if (threadIdx.x % 4 == 0) sums[half][rows.local + 8 * e] = sum.v[e];
-      }
-      ptx::named_barrier_sync(kConsumers, kConsumerThreads);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        sum.v[e] = sums[0][rows.local + 8 * e] + sums[1][rows.local + 8 * e];
-      }
+      add_sums(shared, item, rows, half, sum);
 
       split.helpers = 0;
       if (whole) {
@@ -467,6 +519,7 @@ struct Decode {
       if (writes) announce_partial(args.counters + place.peer(split.first_part));
     };
     for_each_item(args, part, body, rehearsal);
+    if constexpr (kInChain) return;
 
     // As many shares as sequences of one length would have.
     bool rehearses = rehearsal > Rehearsal::kBlock;
@@ -506,12 +559,12 @@ __device__ __forceinline__ void init_mbarriers(Shared& shared) {
   ptx::mbarrier_init_fence();
 }
 
-template <typename T, int kPieces>
+template <typename T, int kPieces, Form kForm>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeArgs args,
                   const __grid_constant__ QueryMaps query_maps,
                   const __grid_constant__ CacheMaps cache_maps) {
-  using Kernel = Decode<T, kPieces>;
+  using Kernel = Decode<T, kPieces, kForm>;
   extern __shared__ uint8_t raw_shared[];
   auto& shared =
       *reinterpret_cast<Shared*>(raw_shared + (1024 - ptx::smem_address(raw_shared) % 1024) % 1024);
@@ -519,7 +572,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (warp == kCacheWarp) {
     const int max_tokens = args.max_pages_per_seq * args.page_size;
-    if (args.fixed_pieces > 0) {
+    if constexpr (kForm == Form::kChain) {
+      const int tokens = sequence_tokens(args.seqlens, 0, max_tokens);
+      const Part found = part_of_one(tokens, blockIdx.x, args.grids);
+      if (threadIdx.x % 32 == 0) shared.part = found;
+    } else if (args.fixed_pieces > 0) {
       if (threadIdx.x % 32 == 0) {
         shared.part = fixed_part(args.seqlens, args.b, max_tokens,
                                  args.grids[0].groups.floor(blockIdx.x), args.fixed_pieces);
@@ -565,6 +622,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     } else if (warp == kQueryWarp && ptx::elect_one()) {
       Kernel::produce_queries(args, query_maps, shared, shared.place);
+    } else if (kForm == Form::kChain) {
+      // No counters, no rehearsals.
     } else if (threadIdx.x == 32 * kCountersWarp && args.cooperative) {
       shared.pieces = find_pieces(shared.part, args.grids[shared.part.height].parts.value, args.b);
       clear_counters(args, &shared.counters_clear);

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "../../../mla.h"
+#include "chain.h"
 #include "kernel.cuh"
 
 namespace mla {
@@ -56,7 +57,7 @@ cudaError_t make_map(EncodeTiled encode, CUtensorMap* map, const Tensor& x, MlaD
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <typename T, int kPieces>
+template <typename T, int kPieces, Form kForm>
 cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
                    cudaStream_t stream) {
   QueryMaps query_maps;
@@ -89,7 +90,7 @@ cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
     if (error != cudaSuccess) return error;
   }
 
-  const auto kernel = decode_kernel<T, kPieces>;
+  const auto kernel = decode_kernel<T, kPieces, kForm>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
 
@@ -100,9 +101,14 @@ cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
   config.attrs = attributes;
-  if (args.cooperative) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
-    attributes[config.numAttrs++].val.cooperative = 1;
+  if (kForm == Form::kChain) {
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    config.numAttrs = 1;
+  } else if (args.cooperative) {
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
+    config.numAttrs = 1;
   }
   error = cudaLaunchKernelEx(&config, kernel, args, query_maps, cache_maps);
   if (error != cudaSuccess || args.fixed_pieces <= 1) return error;
@@ -119,7 +125,8 @@ cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
 template <typename T>
 cudaError_t dispatch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
                      cudaStream_t stream) {
-  return p.d_k == 576 ? launch<T, 9>(p, args, ctas, stream) : launch<T, 8>(p, args, ctas, stream);
+  return p.d_k == 576 ? launch<T, 9, Form::kOp>(p, args, ctas, stream)
+                      : launch<T, 8, Form::kOp>(p, args, ctas, stream);
 }
 
 // Where partial results go: how many, and the bytes of one.
@@ -148,7 +155,76 @@ Slots slots_of(const MlaDecodeParams& p, int num_sms) {
   return {p.b * groups * most_pieces(p), kTileRows * kValueColumns * sizeof(__half)};
 }
 
+// The grid, and the kernel's arguments but where partial results go.
+DecodeArgs arguments(const MlaDecodeParams& p, int num_sms, int64_t& ctas) {
+  DecodeArgs args;
+  args.block_table = p.block_table;
+  args.seqlens = p.cache_seqlens;
+  args.out = p.out;
+  args.lse = p.lse;
+  args.counters = p.counters;
+  args.b = p.b;
+  args.s_q = p.s_q;
+  args.h_q = p.h_q;
+  args.h_kv = KnownDivisor::of(p.h_kv);
+  args.heads_per_kv = KnownDivisor::of(p.h_q / p.h_kv);
+  args.rows = p.s_q * args.heads_per_kv.value;
+  args.page_size = p.page_size;
+  args.page_shift = __builtin_ctz(p.page_size);
+  args.max_pages_per_seq = p.max_pages_per_seq;
+  args.scale_log2 = p.softmax_scale * 1.4426950408889634f;
+  args.causal = p.causal != 0;
+
+  if (p.batch_invariant) {
+    ctas = slots_of(p, num_sms).count;  // one for each piece that there may be
+    args.fixed_pieces = most_pieces(p);
+    args.cooperative = false;
+    const int64_t groups = num_groups(args.rows, p.h_kv, kTileRows);
+    lay_out(args.grids, {groups, groups, groups}, static_cast<int>(groups), p.b);
+  } else {
+    // With more tiles than multiprocessors nothing is split, and all tiles are high.
+    int64_t groups[kTileHeights];
+    for (int i = 0; i < kTileHeights; ++i) {
+      groups[i] = num_groups(args.rows, p.h_kv, tile_height(i));
+    }
+    ctas = std::max<int64_t>(std::min(num_sms, kMaxParts), groups[0]);
+    lay_out(args.grids, groups, static_cast<int>(ctas), p.b);
+    args.fixed_pieces = 0;
+    args.cooperative = args.grids[0].parts.value > 1;
+  }
+  return args;
+}
+
+cudaError_t multiprocessors(int* count) {
+  int device;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
 }  // namespace
+
+size_t chain_workspace_bytes(int heads) {
+  return size_t{kMaxParts} * heads * (kValueColumns * sizeof(float) + sizeof(float2));
+}
+
+cudaError_t decode_in_chain(const MlaDecodeParams& p, ChainPieces* pieces, cudaStream_t stream) {
+  int num_sms;
+  const cudaError_t error = multiprocessors(&num_sms);
+  if (error != cudaSuccess) return error;
+  int64_t ctas;
+  DecodeArgs args = arguments(p, num_sms, ctas);
+  args.cooperative = false;
+  auto* values = static_cast<float*>(p.workspace);
+  auto* stats = reinterpret_cast<float2*>(values + size_t{kMaxParts} * p.h_q * kValueColumns);
+  args.partial_out = reinterpret_cast<uint4*>(values);
+  args.partial_stats = stats;
+  *pieces = {values, stats, p.cache_seqlens, static_cast<int>(max_tokens(p)), {}};
+  std::copy_n(args.grids, kTileHeights, pieces->grids);
+  return p.dtype == MLA_BF16 ? launch<__nv_bfloat16, 9, Form::kChain>(p, args, ctas, stream)
+                             : launch<__half, 9, Form::kChain>(p, args, ctas, stream);
+}
+
 }  // namespace mla
 
 extern "C" size_t mla_sm90_decode_workspace_bytes(const MlaDecodeParams* params, int num_sms) {
@@ -172,50 +248,14 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
   }
   if (p.b == 0 || p.s_q == 0 || p.h_q == 0) return cudaSuccess;
 
-  int device, num_sms;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  int num_sms;
+  const cudaError_t error = multiprocessors(&num_sms);
   if (error != cudaSuccess) return error;
 
-  DecodeArgs args;
-  args.block_table = p.block_table;
-  args.seqlens = p.cache_seqlens;
-  args.out = p.out;
-  args.lse = p.lse;
-  args.counters = p.counters;
-  args.b = p.b;
-  args.s_q = p.s_q;
-  args.h_q = p.h_q;
-  args.h_kv = KnownDivisor::of(p.h_kv);
-  args.heads_per_kv = KnownDivisor::of(p.h_q / p.h_kv);
-  args.rows = p.s_q * args.heads_per_kv.value;
-  args.page_size = p.page_size;
-  args.page_shift = __builtin_ctz(p.page_size);
-  args.max_pages_per_seq = p.max_pages_per_seq;
-  args.scale_log2 = p.softmax_scale * 1.4426950408889634f;
-  args.causal = p.causal != 0;
-
-  const Slots slots = slots_of(p, num_sms);
   int64_t ctas;
-  if (p.batch_invariant) {
-    ctas = slots.count;  // one for each piece that there may be
-    if (ctas > INT32_MAX / kFixedShares) return cudaErrorInvalidValue;
-    args.fixed_pieces = most_pieces(p);
-    args.cooperative = false;
-    const int64_t groups = num_groups(args.rows, p.h_kv, kTileRows);
-    lay_out(args.grids, {groups, groups, groups}, static_cast<int>(groups), p.b);
-  } else {
-    // With more tiles than multiprocessors nothing is split, and all tiles are high.
-    int64_t groups[kTileHeights];
-    for (int i = 0; i < kTileHeights; ++i) {
-      groups[i] = num_groups(args.rows, p.h_kv, tile_height(i));
-    }
-    ctas = std::max<int64_t>(std::min(num_sms, kMaxParts), groups[0]);
-    lay_out(args.grids, groups, static_cast<int>(ctas), p.b);
-    args.fixed_pieces = 0;
-    args.cooperative = args.grids[0].parts.value > 1;
-  }
+  DecodeArgs args = arguments(p, num_sms, ctas);
+  if (ctas > INT32_MAX / kFixedShares) return cudaErrorInvalidValue;
+  const Slots slots = slots_of(p, num_sms);
   args.slot_chunks = slots.bytes / sizeof(uint4);
   args.partial_out = static_cast<uint4*>(p.workspace);
   args.partial_stats = reinterpret_cast<float2*>(args.partial_out + slots.count * args.slot_chunks);

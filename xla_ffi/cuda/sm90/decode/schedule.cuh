@@ -205,13 +205,25 @@ __device__ __forceinline__ int without_many_pieces(int size, int longest) {
   return longest > kManyPieces * size ? (size + 1) / 2 * 2 : size;
 }
 
+// The size of the parts of one sequence.
+__device__ __forceinline__ int part_size_of_one(int blocks, const Grid& grid) {
+  return without_many_pieces(grid.parts.ceil(blocks), blocks);
+}
+
+// How many parts have blocks of it.
+__device__ __forceinline__ int pieces_of_one(int tokens, const Grid (&grids)[kTileHeights]) {
+  const int blocks = sequence_blocks(tokens);
+  const int size = part_size_of_one(blocks, grids[choose_height(grids, blocks)]);
+  return Divisor(size).ceil(blocks);
+}
+
 // What find_part() finds for one sequence, without the rest's latency: aligned is as good as
 // packed.
 __device__ inline Part part_of_one(int tokens, int cta, const Grid (&grids)[kTileHeights]) {
   const int blocks = sequence_blocks(tokens), height = choose_height(grids, blocks);
   const Grid grid = grids[height];
   const int num_parts = grid.parts.value, part = grid.groups.floor(cta);
-  const int size = without_many_pieces(grid.parts.ceil(blocks), blocks);
+  const int size = part_size_of_one(blocks, grid);
   const int begin = part * size;
   Part found = {height, 1, 0, -1, 0, 0, true, size, 0, 0, 0, blocks, -1};
   if (part >= num_parts) return found;
