@@ -1,6 +1,6 @@
 # Copyright 2026 The mla-jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The machine code of the CUDA library: tensor cores and bulk copies are used.
+"""The machine code of the CUDA library: tensor cores and bulk copies are used, weights come early.
 
 Reads it with NVIDIA's cuobjdump, of the toolkit or of PyPI; no GPU is needed. That no kernel spills
 is for the compiler to say: xla_ffi/CMakeLists.txt makes it an error.
@@ -43,13 +43,34 @@ def kernels():
 
 
 def test_every_template_is_there(kernels):
-    """Two dtypes, and caches of 8 or 9 pieces of 64 channels."""
-    found = re.findall(r"decode_kernelI(\d+\w+?)Li(\d)E", " ".join(kernels))
-    assert set(found) == {(t, n) for t in ("6__half", "13__nv_bfloat16") for n in "89"}
+    """Two dtypes, and caches of 8 or 9 pieces of 64 channels; in a chain of 9."""
+    names = " ".join(kernels)
+    found = re.findall(r"decode_kernelI(\d+\w+?)Li(\d)ELNS_4FormE(\d)", names)
+    kinds = [("8", "0"), ("9", "0"), ("9", "1")]
+    assert set(found) == {(t, *kind) for t in ("6__half", "13__nv_bfloat16") for kind in kinds}
+    for name, count in {"project": 4, "absorb": 2, "values": 2, "output": 4}.items():
+        assert len(re.findall(rf"layer\d+{name}_kernel", names)) == count
+
+
+# Loads of weights by a thread of each kernel of a layer.
+WEIGHTS = {"project": 16, "absorb": 4, "values": 4, "output": 8}
+
+
+def test_layers_ask_for_weights_before_the_next_kernel_may_start(kernels):
+    """And so before they wait for the one before them. Compilers move loads past either."""
+    for name, code in kernels.items():
+        if (kind := re.search(r"layer\d+(\w+?)_kernel", name)) is None:
+            continue
+        order = "".join(re.findall(r"LDG\.E\.NA\S*\.128|PREEXIT|ACQBULK", code))
+        load = re.findall(r"LDG\.E\.NA\S*?\.128", code)[0]
+        wait = "" if kind[1] == "project" else "ACQBULK"  # the first starts when all else has ended
+        assert load * WEIGHTS[kind[1]] + "PREEXIT" + wait in order, name
 
 
 def test_tensor_cores_and_bulk_copies(kernels):
     for name, code in kernels.items():
+        if "layer" in name:
+            continue
         if "combine_kernel" in name:
             assert "LDGSTS" in code, name  # partial results come by asynchronous copies
             continue
