@@ -45,7 +45,7 @@ struct Decode {
   __device__ static void produce_queries(const DecodeArgs& args, const QueryMaps& maps,
                                          Shared& shared, Place place) {
     constexpr int kValuePieces = kValueColumns / 64;
-    if constexpr (kInChain) ptx::grid_dependency_wait();
+    if constexpr (kInChain) ptx::grid_dependency_wait();  // by every CTA
     const int height = shared.part.height;
     const int box_bytes = query_box_rows(args.rows, shared.part.height) * 128;
     for_each_item(args, shared.part, [&](const Item& item) {

@@ -3,11 +3,11 @@
 //
 // One attention layer of one token: four of its five kernels, all but the decode (../decode).
 //
-//   project  norm; queries and latent: x [w_q | w_kv]        all of a CTA's rows of 32 columns
-//   absorb   queries: q w_uk of each head; rotations; append
-//   decode   the pieces of the sequence, not combined
-//   values   combines the pieces; o w_uv of each head        8 CTAs, a cluster, of a head
-//   output   .. w_o, residual sum                            all of a CTA's rows of 16 columns
+//   project  norm; queries and latent, x [w_q | w_kv]     a CTA: 32 columns
+//   absorb   of each head q w_uk; rotations; append       8 CTAs: a head
+//   decode   pieces of the sequence, not combined
+//   values   combines them; of each head o w_uv           a cluster of 8 CTAs: a head
+//   output   .. w_o; residual sum                         a cluster of 4 CTAs: 64 columns
 //
 // With one token each weight is used once: a kernel takes as long as the memory needs to bring its
 // weights, and what is lost is between kernels. So each is launched while the one before it ends
@@ -38,11 +38,10 @@ constexpr int kLatent = 512, kNope = 128, kRotated = 64, kValue = 128;
 constexpr int kQuery = kNope + kRotated, kCached = kLatent + kRotated;
 constexpr int kWarp = 32;
 constexpr int kWideThreads = 512, kThreads = 256;
-// Rows that a thread of a wide CTA has in registers at once are kBatch / (512 / 4) or less.
-constexpr int kBatch = 2048;
-constexpr int kProjectColumns = 32, kOutputColumns = 16;  // of a CTA
-constexpr int kOutputSplit = 4;
-constexpr int kClusterSize = 8;  // CTAs of a head
+constexpr int kHeadCtas = 8;
+constexpr int kProjectColumns = 32;                   // of a CTA
+constexpr int kOutputColumns = 64, kOutputSplit = 4;  // of a cluster, and its CTAs
+constexpr int kBatch = 2048;  // rows of w_q, w_kv or w_o that are in registers at once
 
 // Where the kernels leave what the next ones read.
 struct Scratch {
@@ -158,7 +157,7 @@ __global__ void __launch_bounds__(640, 1) project_kernel(const __grid_constant__
 
 constexpr int kRotatedHeads = 16;  // of a CTA
 __host__ __device__ constexpr int absorb_ctas(int h) {
-  return h * kClusterSize + (h + kRotatedHeads - 1) / kRotatedHeads + 1;
+  return h * kHeadCtas + (h + kRotatedHeads - 1) / kRotatedHeads + 1;
 }
 
 // The pair of channels that lane `lane` rotates.
@@ -169,10 +168,9 @@ __device__ __forceinline__ int2 rotated_pair(const MlaLayerParams& p, int lane) 
 // A head's 64 columns of the latent that the CTA is for, as rows of w_uk.
 template <typename T>
 __device__ __forceinline__ void absorb_head(const LayerArgs& args) {
-  constexpr int kRows = kLatent / kClusterSize / (kThreads / 16);  // 16 threads have a row
-  const int head = blockIdx.x / kClusterSize, lane = threadIdx.x % 16;
-  const int first_row =
-      blockIdx.x % kClusterSize * (kLatent / kClusterSize) + threadIdx.x / 16 * kRows;
+  constexpr int kRows = kLatent / kHeadCtas / (kThreads / 16);  // 16 threads have a row
+  const int head = blockIdx.x / kHeadCtas, lane = threadIdx.x % 16;
+  const int first_row = blockIdx.x % kHeadCtas * (kLatent / kHeadCtas) + threadIdx.x / 16 * kRows;
   const T* row =
       static_cast<const T*>(args.p.w_uk) + (int64_t{head} * kLatent + first_row) * kNope + 8 * lane;
   uint4 weights[kRows];
@@ -267,7 +265,7 @@ __device__ __forceinline__ void append_latent(const LayerArgs& args) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     absorb_kernel(const __grid_constant__ LayerArgs args) {
-  const int others = static_cast<int>(blockIdx.x) - args.p.h * kClusterSize;
+  const int others = static_cast<int>(blockIdx.x) - args.p.h * kHeadCtas;
   if (others < 0) {
     absorb_head<T>(args);
   } else if (blockIdx.x + 1 < gridDim.x) {
@@ -282,20 +280,20 @@ __global__ void __launch_bounds__(kThreads, 4)
 // The CTA combines 64 columns of its head's output and multiplies them with their rows of w_uv;
 // the cluster adds up the products, each CTA 16 columns.
 template <typename T>
-__global__ void __cluster_dims__(kClusterSize) __launch_bounds__(kThreads, 4)
+__global__ void __cluster_dims__(kHeadCtas) __launch_bounds__(kThreads, 4)
     values_kernel(const __grid_constant__ LayerArgs args,
                   const __grid_constant__ ChainPieces pieces) {
-  constexpr int kColumns = kLatent / kClusterSize;            // of the output; rows of w_uv
-  constexpr int kOwn = kValue / kClusterSize;                 // columns that it adds up
+  constexpr int kColumns = kLatent / kHeadCtas;               // of the output; rows of w_uv
+  constexpr int kOwn = kValue / kHeadCtas;                    // columns that it adds up
   constexpr int kGroups = kThreads / 16;                      // of pieces, and of four rows
   constexpr int kEach = (kMaxParts + kGroups - 1) / kGroups;  // pieces of a thread
   constexpr int kLaneStats = (kMaxParts + kWarp - 1) / kWarp;
   constexpr int kWarps = kThreads / kWarp;
   __shared__ float4 outputs[kWarps][kColumns / 4];
   __shared__ float products[kWarps][kValue];
-  __shared__ float sums[kClusterSize][kOwn];
+  __shared__ float sums[kHeadCtas][kOwn];
   const MlaLayerParams& p = args.p;
-  const int head = blockIdx.x / kClusterSize, rank = blockIdx.x % kClusterSize;
+  const int head = blockIdx.x / kHeadCtas, rank = blockIdx.x % kHeadCtas;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int group = threadIdx.x / 16, member = threadIdx.x % 16;
 
@@ -377,28 +375,28 @@ __global__ void __cluster_dims__(kClusterSize) __launch_bounds__(kThreads, 4)
   ptx::cluster_wait();
   if (threadIdx.x < kOwn) {
     args.scratch.values[head * kValue + rank * kOwn + threadIdx.x] =
-        strided_sum<kClusterSize>(&sums[0][threadIdx.x], kOwn);
+        strided_sum<kHeadCtas>(&sums[0][threadIdx.x], kOwn);
   }
 }
 
 // ---- output ----
 
-// A cluster has 64 columns, whole lines of memory; each of its CTAs takes a quarter of every batch
-// of rows, and adds up 16 columns.
+// The columns of a cluster are whole lines of memory; each of its CTAs takes a quarter of every
+// batch of rows, and adds up a quarter of the columns.
 template <typename T, bool kResidual>
 __global__ void __cluster_dims__(kOutputSplit) __launch_bounds__(kWideThreads, 2)
     output_kernel(const __grid_constant__ LayerArgs args) {
-  constexpr int kColumns = 64, kOwn = kColumns / kOutputSplit;
-  constexpr int kColumnGroups = kColumns / 8;
+  constexpr int kOwn = kOutputColumns / kOutputSplit;
+  constexpr int kColumnGroups = kOutputColumns / 8;
   constexpr int kRows = 8;  // neighbours, a thread's
   constexpr int kWarps = kWideThreads / kWarp;
   static_assert(kWideThreads / kColumnGroups * kRows * kOutputSplit == kBatch);
-  __shared__ float sums[kWarps][kColumns];
+  __shared__ float sums[kWarps][kOutputColumns];
   __shared__ float own[kOutputSplit][kOwn];
   const MlaLayerParams& p = args.p;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int rank = blockIdx.x % kOutputSplit, column_group = threadIdx.x % kColumnGroups;
-  const int first_column = blockIdx.x / kOutputSplit * kColumns, rows = p.h * kValue;
+  const int first_column = blockIdx.x / kOutputSplit * kOutputColumns, rows = p.h * kValue;
   const T* column = static_cast<const T*>(p.w_o) + first_column + 8 * column_group;
 
   int row = rank * (kBatch / kOutputSplit) + threadIdx.x / kColumnGroups * kRows;
@@ -434,8 +432,8 @@ __global__ void __cluster_dims__(kOutputSplit) __launch_bounds__(kWideThreads, 2
   *reinterpret_cast<float2*>(&sums[warp][8 * column_group + index]) = {products[0], products[1]};
   __syncthreads();
   ptx::cluster_wait();
-  if (threadIdx.x < kColumns) {
-    const float v = strided_sum<kWarps>(&sums[0][threadIdx.x], kColumns);
+  if (threadIdx.x < kOutputColumns) {
+    const float v = strided_sum<kWarps>(&sums[0][threadIdx.x], kOutputColumns);
     ptx::store_in_cluster(&own[rank][threadIdx.x % kOwn], threadIdx.x / kOwn, v);
   }
   ptx::cluster_arrive();

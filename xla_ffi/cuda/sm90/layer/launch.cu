@@ -83,10 +83,10 @@ cudaError_t launch_layer(const MlaLayerParams& p, cudaStream_t stream) {
   ChainPieces pieces;
   error = decode_in_chain(decode, &pieces, stream);
   if (error != cudaSuccess) return error;
-  error = launch(values_kernel<T>, p.h * kClusterSize, kThreads, false, stream, args, pieces);
+  error = launch(values_kernel<T>, p.h * kHeadCtas, kThreads, false, stream, args, pieces);
   if (error != cudaSuccess) return error;
-  return launch(norm ? output_kernel<T, true> : output_kernel<T, false>, p.d / kOutputColumns,
-                kWideThreads, false, stream, args);
+  return launch(norm ? output_kernel<T, true> : output_kernel<T, false>,
+                p.d / kOutputColumns * kOutputSplit, kWideThreads, false, stream, args);
 }
 
 }  // namespace
