@@ -47,8 +47,8 @@ class Layer(nnx.Module):
         return self.feed_forward(x + self.attention(self.attention_norm(x)))
 
     def decode(self, x, cache, index):
-        out, cache = self.attention.decode(self.attention_norm(x), cache, index)
-        return self.feed_forward(x + out), cache
+        x, cache = self.attention.decode(x, cache, index, norm=self.attention_norm)
+        return self.feed_forward(x), cache
 
 
 class Model(nnx.Module):
