@@ -275,6 +275,24 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
+// Adds up what the warps of all CTAs of a cluster have, each CTA its share of the columns: thread i
+// calls store(sum) for the i-th of them. The cluster has arrived once before.
+template <int kCtas, int kWarps, int kColumns, typename Store>
+__device__ __forceinline__ void sum_over_cluster(const float (&sums)[kWarps][kColumns],
+                                                 float (&own)[kCtas][kColumns / kCtas], int rank,
+                                                 Store&& store) {
+  constexpr int kOwn = kColumns / kCtas;
+  __syncthreads();
+  ptx::cluster_wait();
+  if (threadIdx.x < kColumns) {
+    const float v = strided_sum<kWarps>(&sums[0][threadIdx.x], kColumns);
+    ptx::store_in_cluster(&own[rank][threadIdx.x % kOwn], threadIdx.x / kOwn, v);
+  }
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  if (threadIdx.x < kOwn) store(strided_sum<kCtas>(&own[0][threadIdx.x], kOwn));
+}
+
 // ---- values ----
 
 // The CTA combines 64 columns of its head's output and multiplies them with their rows of w_uv;
@@ -364,19 +382,9 @@ __global__ void __cluster_dims__(kHeadCtas) __launch_bounds__(kThreads, 4)
   fold<8>(product, 16);
   *reinterpret_cast<float4*>(&products[warp][8 * member + (lane & 16 ? 4 : 0)]) = {
       product[0], product[1], product[2], product[3]};
-  __syncthreads();
-
-  ptx::cluster_wait();
-  if (threadIdx.x < kValue) {
-    const float v = strided_sum<kWarps>(&products[0][threadIdx.x], kValue);
-    ptx::store_in_cluster(&sums[rank][threadIdx.x % kOwn], threadIdx.x / kOwn, v);
-  }
-  ptx::cluster_arrive();
-  ptx::cluster_wait();
-  if (threadIdx.x < kOwn) {
-    args.scratch.values[head * kValue + rank * kOwn + threadIdx.x] =
-        strided_sum<kHeadCtas>(&sums[0][threadIdx.x], kOwn);
-  }
+  sum_over_cluster(products, sums, rank, [&](float sum) {
+    args.scratch.values[head * kValue + rank * kOwn + threadIdx.x] = sum;
+  });
 }
 
 // ---- output ----
@@ -430,18 +438,8 @@ __global__ void __cluster_dims__(kOutputSplit) __launch_bounds__(kWideThreads, 2
   fold<4>(products, 8);
   const int index = (lane & 16 ? 4 : 0) + (lane & 8 ? 2 : 0);
   *reinterpret_cast<float2*>(&sums[warp][8 * column_group + index]) = {products[0], products[1]};
-  __syncthreads();
-  ptx::cluster_wait();
-  if (threadIdx.x < kOutputColumns) {
-    const float v = strided_sum<kWarps>(&sums[0][threadIdx.x], kOutputColumns);
-    ptx::store_in_cluster(&own[rank][threadIdx.x % kOwn], threadIdx.x / kOwn, v);
-  }
-  ptx::cluster_arrive();
-  ptx::cluster_wait();
-  if (threadIdx.x < kOwn) {
-    const float sum = strided_sum<kOutputSplit>(&own[0][threadIdx.x], kOwn);
-    static_cast<T*>(p.y)[own_column] = static_cast<T>(x + sum);
-  }
+  sum_over_cluster(sums, own, rank,
+                   [&](float sum) { static_cast<T*>(p.y)[own_column] = static_cast<T>(x + sum); });
 }
 
 }  // namespace mla::layer
