@@ -6,6 +6,8 @@ Letters: `b` sequences, `t` tokens, `h` heads, `c` channels of the latent (512 i
 of a query or key (128 + 64), `n` of their part without position (128), `v` of a value (128).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -218,7 +220,7 @@ class MultiHeadLatentAttention(nnx.Module):
         """
         self._check_input(x)
         names = check_implementation(implementation)
-        inputs = (self, norm, x, cache, layer, absorbed)
+        inputs: tuple[Any, ...] = (self, norm, x, cache, layer, absorbed)
         plain = type(self)._decode
         if type(self) is MultiHeadLatentAttention and names[0] == "ffi" and one_call.takes(*inputs):
             return one_call.decode(plain, *inputs, schedule, names)
