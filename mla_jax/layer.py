@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from mla_jax import ffi
@@ -114,7 +113,7 @@ def decode(
     norm: Any,
     x: jax.Array,
     cache: PagedKVCache,
-    layer: int | np.integer,
+    layer: Any,
     absorbed: Any,
     schedule: Any,
     names: tuple[str, ...],

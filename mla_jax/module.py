@@ -6,8 +6,6 @@ Letters: `b` sequences, `t` tokens, `h` heads, `c` channels of the latent (512 i
 of a query or key (128 + 64), `n` of their part without position (128), `v` of a value (128).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -220,11 +218,11 @@ class MultiHeadLatentAttention(nnx.Module):
         """
         self._check_input(x)
         names = check_implementation(implementation)
-        inputs: tuple[Any, ...] = (self, norm, x, cache, layer, absorbed)
-        plain = type(self)._decode
-        if type(self) is MultiHeadLatentAttention and names[0] == "ffi" and one_call.takes(*inputs):
-            return one_call.decode(plain, *inputs, schedule, names)
-        return plain(*inputs, schedule, names)
+        own = type(self) is MultiHeadLatentAttention
+        if own and names[0] == "ffi" and one_call.takes(self, norm, x, cache, layer, absorbed):
+            plain = MultiHeadLatentAttention._decode
+            return one_call.decode(plain, self, norm, x, cache, layer, absorbed, schedule, names)
+        return self._decode(norm, x, cache, layer, absorbed, schedule, names)
 
     def absorb(self) -> Absorbed:
         """Takes `kv_b_proj` apart into W_UK `[h, c, n]` and W_UV `[h, c, v]`, for `decode`.
