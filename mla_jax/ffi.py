@@ -29,6 +29,8 @@ PLATFORMS = tuple(_TARGETS)
 # not doing so a kernel more where few rows make that the shorter. (On an H100 12.3 and 2.5 us for
 # 16384 rows; a layer of a step takes 1 to 2 us less in parts with 256 to 2048, no less with 128.)
 _ROWS_IN_PARTS = 256
+# What the CUDA kernels take: tokens of a page, and the most that a row of a block table stands for.
+_PAGE_SIZES, _MAX_SEQUENCE_TOKENS = (16, 32, 64, 128), 2**30
 # What the kernels of a whole layer take, as xla_ffi/mla.h has it: heads, and channels of its input.
 _LAYER_MAX_HEADS, _LAYER_MAX_WIDTH = 128, 8192
 _COMPILER = {"cpu": "C++", "cuda": "CUDA"}
@@ -160,10 +162,10 @@ def _kernel_reason(q: Any, k_cache: Any, block_table: Any, head_dim_v: int) -> s
         return f"q: got d_k {q.shape[3]}, the CUDA kernel takes 576 and 512"
     if head_dim_v != 512:
         return f"head_dim_v: got {head_dim_v}, the CUDA kernel takes 512"
-    if page_size not in (16, 32, 64, 128):
+    if page_size not in _PAGE_SIZES:
         return f"k_cache: got page_size {page_size}, the CUDA kernel takes 16, 32, 64 and 128"
     b, max_pages = block_table.shape
-    if max_pages * page_size > 2**30 or b * max_pages * page_size > 2**34:
+    if max_pages * page_size > _MAX_SEQUENCE_TOKENS or b * max_pages * page_size > 2**34:
         return (
             f"block_table: got {b} x {max_pages} pages of {page_size} tokens, the CUDA "
             "kernel takes 2^30 tokens a sequence and 2^34 in all"
@@ -353,12 +355,12 @@ def layer_reason(
         return f"x: got {list(x.shape)}, the kernels take one token of one sequence"
     if pages.dtype not in (jnp.bfloat16, jnp.float16):
         return f"pages: got dtype {pages.dtype}, the kernels take bfloat16 and float16"
-    if page_size not in (16, 32, 64, 128) or pages.shape[3] != 576:
+    if page_size not in _PAGE_SIZES or pages.shape[3] != 576:
         return (
             f"pages: got page_size {page_size} and {pages.shape[3]} channels, "
             "the kernels take 16, 32, 64 and 128, and 576"
         )
-    if max_pages * page_size > 2**30:
+    if max_pages * page_size > _MAX_SEQUENCE_TOKENS:
         return f"block_table: got {max_pages} pages of {page_size} tokens, the kernels take 2^30"
     if not isinstance(layer, int | np.integer) or not 0 <= layer < num_layers:
         return f"layer: got {layer}, the kernels take a Python number in [0, {num_layers})"

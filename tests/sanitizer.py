@@ -118,6 +118,16 @@ class Device:
         self.call("cuMemcpyDtoH_v2", target, pointer, ctypes.c_size_t(like.nbytes))
         return like
 
+    def put_guarded(self, like: np.ndarray) -> ctypes.c_void_p:
+        """Memory for a result, `MARGIN` from where it begins: a write beside it shows."""
+        return self.put(np.full(like.nbytes + 2 * MARGIN, 0xA5, np.uint8))
+
+    def get_guarded(self, pointer: ctypes.c_void_p, like: np.ndarray) -> np.ndarray:
+        whole = self.get(pointer, np.empty(like.nbytes + 2 * MARGIN, np.uint8))
+        before, inside, after = np.split(whole, [MARGIN, -MARGIN])
+        assert np.all(np.append(before, after) == 0xA5), "written outside a result"
+        return inside.view(like.dtype).reshape(like.shape)
+
 
 def run(
     device: Device,
@@ -143,18 +153,13 @@ def run(
         arrays[0], q_pe, *arrays[1:], *[None] * 4, *sizes, d_k**-0.5, causal, dtype, invariant
     )
     workspace = library.mla_sm90_decode_workspace_bytes(ctypes.byref(params), 132)
-    # A write outside a result may hit another allocation unseen: there are margins around it.
-    memory = [np.full(x.nbytes + 2 * MARGIN, 0xA5, np.uint8) for x in (out, lse)]
-    results = [device.put(x) for x in memory]
+    results = [device.put_guarded(x) for x in (out, lse)]
     rest = [device.allocate(n) for n in (workspace, 4 * 264)]
     params.out, params.lse = (x.value + MARGIN for x in results)
     params.workspace, params.counters = rest
     if error := library.mla_sm90_decode(ctypes.byref(params), None):
         sys.exit(f"launch: CUDA error {error}")
-    for pointer, whole, result in zip(results, memory, (out, lse), strict=True):
-        before, inside, after = np.split(device.get(pointer, whole), [MARGIN, -MARGIN])
-        assert np.all(np.append(before, after) == 0xA5), "written outside a result"
-        result[...] = inside.view(result.dtype).reshape(result.shape)
+    out, lse = map(device.get_guarded, results, (out, lse))
     for pointer in (*arrays, *results, *rest, *([q_pe] if in_parts else [])):
         device.call("cuMemFree_v2", pointer)
     return out, lse
@@ -229,9 +234,8 @@ def run_layer(
     arrays = [device.put(np.asarray(a)) for a in (x, *matrices, *angles, *integers, cache.pages)]
     own = device.put(np.asarray(own)) if norm else None
     d, h = x.shape[-1], attention.num_heads
-    y = np.empty((d,), x.dtype)
-    memory = np.full(y.nbytes + 2 * MARGIN, 0xA5, np.uint8)
-    result = device.put(memory)
+    y = np.empty(x.shape, x.dtype)
+    result = device.put_guarded(y)
     library.mla_sm90_layer_workspace_bytes.restype = ctypes.c_size_t
     workspace = device.allocate(library.mla_sm90_layer_workspace_bytes(h))
     sizes = (1, cache.num_layers, cache.num_pages, cache.pages.shape[1], cache.block_table.shape[1])
@@ -242,12 +246,11 @@ def run_layer(
     )
     if error := library.mla_sm90_layer(ctypes.byref(params), None):
         sys.exit(f"layer: CUDA error {error}")
-    before, inside, after = np.split(device.get(result, memory), [MARGIN, -MARGIN])
-    assert np.all(np.append(before, after) == 0xA5), "written outside a result"
+    y = device.get_guarded(result, y)
     pages = device.get(arrays[-1], np.empty(cache.pages.shape, cache.dtype))
     for pointer in (*arrays, result, workspace, *([own] if norm else [])):
         device.call("cuMemFree_v2", pointer)
-    return inside.view(y.dtype)[None, None], pages
+    return y, pages
 
 
 def check_layer(device: Device, library: ctypes.CDLL) -> int:
@@ -259,13 +262,10 @@ def check_layer(device: Device, library: ctypes.CDLL) -> int:
         (33, 2560, 300, 32, "bfloat16", False, True),
         (128, 512, 700, 64, "bfloat16", True, False),
     ]
-    for h, d, length, page_size, dtype, interleaved, norm in cases:
-        layer = test_layer.Layer(h, d, dtype, interleaved)
-        x, cache = test_layer.drawn(length, d, page_size=page_size, dtype=dtype)
-        y, pages = run_layer(device, library, layer, x, cache, norm)
-        want, added, written = test_layer.definition(layer, x, cache, 1, norm)
-        test_layer.assert_near(y, want, added)
-        assert_rounded(pages, written)
+    for case in cases:
+        layer, x, cache, norm = test_layer.layer_of(case)
+        got = run_layer(device, library, layer, x, cache, norm)
+        test_layer.assert_is_the_definition(got, layer, x, cache, 1, norm)
     rng = np.random.default_rng(0)
     for _ in range(4):
         table, *counts = (rng.integers(-(2**31), 2**31, n) for n in (cache.block_table.size, 1, 1))

@@ -165,6 +165,22 @@ def assert_near(y, want, added, factor=1.0):
     assert off <= bound, f"off by {off:.2e}"
 
 
+def layer_of(case, index=1):
+    """A layer, its input and cache, and whether it has its norm, for one of CASES."""
+    h, d, length, page_size, dtype, interleaved, norm = case
+    drawing = drawn(length, d, page_size=page_size, dtype=dtype, index=index)
+    return Layer(h, d, dtype, interleaved), *drawing, norm
+
+
+def assert_is_the_definition(got, layer, x, cache, index, norm):
+    """Holds the output and the pages of a call to float64."""
+    want, added, written = definition(layer, x, cache, index, norm)
+    y, pages = got
+    assert y.dtype == x.dtype
+    assert_near(y, want, added)
+    assert_rounded(pages, written)
+
+
 def assert_alike(got, want, bound=2e-2):
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         x, y = (np.asarray(a).astype(np.float64) for a in (x, y))
@@ -692,16 +708,11 @@ def run(layer, x, cache, index=1, norm=True):
 @gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_is_the_definition(case):
-    h, d, length, page_size, dtype, interleaved, norm = case
-    layer = Layer(h, d, dtype, interleaved)
-    for index in (0, 2) if length < 100 else (1,):
-        x, cache = drawn(length, d, page_size=page_size, dtype=dtype, index=index)
-        want, added, pages = definition(layer, x, cache, index, norm)
-        y, got = run(layer, x, cache, index, norm)
-        assert y.dtype == dtype
-        assert_near(y, want, added)
-        assert_rounded(got, pages)
-        assert_same_bits(run(layer, x, cache, index, norm), (y, got))
+    for index in (0, 2) if case[2] < 100 else (1,):
+        layer, x, cache, norm = layer_of(case, index)
+        got = run(layer, x, cache, index, norm)
+        assert_is_the_definition(got, layer, x, cache, index, norm)
+        assert_same_bits(run(layer, x, cache, index, norm), got)
 
 
 @gpu
@@ -728,10 +739,7 @@ def test_pages_that_are_none(wrong):
         table = cache.block_table.at[0, place].set(wrong)
         own = jnp.nan_to_num(cache.pages[10:20])  # a page may be seen by no entry now
         cache = dataclasses.replace(cache, block_table=table, pages=cache.pages.at[10:20].set(own))
-        want, added, pages = definition(layer, x, cache, 1, True)
-        y, got = run(layer, x, cache)
-        assert_near(y, want, added)
-        assert_rounded(got, pages)
+        assert_is_the_definition(run(layer, x, cache), layer, x, cache, 1, True)
 
 
 @gpu
@@ -856,9 +864,7 @@ def test_a_scan_over_layers_with_pools_and_weights_of_their_own():
     _, (outputs, written) = jax.jit(lambda x, own: jax.lax.scan(step, x, own))(x, (states, pools))
     for layer, y, pages, pool in zip(layers, outputs, written, pools, strict=True):
         own = dataclasses.replace(first, pages=pool)
-        want, added, stored = definition(layer, x, own, 0, True)
-        assert_near(y, want, added)
-        assert_rounded(pages, stored)
+        assert_is_the_definition((y, pages), layer, x, own, 0, True)
         x = y
 
 

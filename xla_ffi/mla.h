@@ -51,6 +51,11 @@ enum { MLA_SM90_COUNTERS = 264 };
 #define MLA_SM90_MAX_SEQUENCE_TOKENS (INT64_C(1) << 30)
 #define MLA_SM90_MAX_BATCH_TOKENS (INT64_C(1) << 34)
 
+// Whether the kernels take pages of so many tokens.
+static inline int mla_sm90_takes_page_size(int64_t tokens) {
+  return tokens == 16 || tokens == 32 || tokens == 64 || tokens == 128;
+}
+
 // Bytes of workspace for partial results on a device of at most `num_sms` multiprocessors; of
 // `params` only the sizes and `batch_invariant` count.
 size_t mla_sm90_decode_workspace_bytes(const MlaDecodeParams* params, int num_sms);

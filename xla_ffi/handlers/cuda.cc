@@ -70,7 +70,7 @@ ffi::Error CheckCuda(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer bl
   if (p.d_v != 512) {
     return Invalid("out", "head_dim_v " + std::to_string(p.d_v), "512 on a GPU");
   }
-  if (p.page_size != 16 && p.page_size != 32 && p.page_size != 64 && p.page_size != 128) {
+  if (!mla_sm90_takes_page_size(p.page_size)) {
     return Invalid("k_cache", "page_size " + std::to_string(p.page_size),
                    "16, 32, 64 or 128 on a GPU");
   }
@@ -201,7 +201,7 @@ ffi::Error CheckLayer(ffi::AnyBuffer pages, ffi::AnyBuffer x, ffi::AnyBuffer w_q
     return invalid("pages", Describe(pages), "[num_layers * num_pages, page_size, 1, 576]");
   }
   const int64_t page_size = rows[1];
-  if (page_size != 16 && page_size != 32 && page_size != 64 && page_size != 128) {
+  if (!mla_sm90_takes_page_size(page_size)) {
     return invalid("pages", "page_size " + std::to_string(page_size), "16, 32, 64 or 128");
   }
   for (const auto& [name, count] :

@@ -235,8 +235,7 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
   using namespace mla;
   const MlaDecodeParams& p = *params;
   if ((p.d_k != 576 && p.d_k != 512) || p.d_v != kValueColumns || p.h_kv < 1 ||
-      p.h_q % p.h_kv != 0 ||
-      (p.page_size != 16 && p.page_size != 32 && p.page_size != 64 && p.page_size != 128)) {
+      p.h_q % p.h_kv != 0 || !mla_sm90_takes_page_size(p.page_size)) {
     return cudaErrorInvalidValue;
   }
   if (p.num_pages < 1 || (p.q_pe != nullptr && (p.s_q != 1 || p.h_kv != 1 || p.d_k == p.d_v))) {

@@ -30,6 +30,7 @@
 #include "../../../mla.h"
 #include "../decode/chain.h"
 #include "../ptx.cuh"
+#include "../wgmma.cuh"
 #include "vectors.cuh"
 
 namespace mla::layer {
@@ -254,8 +255,8 @@ __device__ __forceinline__ void append_latent(const LayerArgs& args) {
   const float4 s = unpack_4<T>(scale);
   T* to = static_cast<T*>(p.pages) + to_token * kCached;
   *reinterpret_cast<uint2*>(to + 4 * threadIdx.x) =
-      make_uint2(Pairs<T>::pack(x.x * factor * s.x, x.y * factor * s.y),
-                 Pairs<T>::pack(x.z * factor * s.z, x.w * factor * s.w));
+      make_uint2(wgmma::Mma<T>::pack(x.x * factor * s.x, x.y * factor * s.y),
+                 wgmma::Mma<T>::pack(x.z * factor * s.z, x.w * factor * s.w));
   if (warp == 0) {
     to[kLatent + pair.x] = static_cast<T>(a * cos - b * sin);
     to[kLatent + pair.y] = static_cast<T>(b * cos + a * sin);

@@ -105,7 +105,7 @@ extern "C" int mla_sm90_layer(const MlaLayerParams* params, void* stream) {
       p.h > MLA_SM90_LAYER_MAX_HEADS || p.d < 1 || p.d % 512 != 0 ||
       p.d > MLA_SM90_LAYER_MAX_WIDTH || p.dtype == MLA_F32 || p.layer < 0 ||
       p.layer >= p.num_layers || p.num_pages < 1 || p.max_pages < 1 ||
-      (p.page_size != 16 && p.page_size != 32 && p.page_size != 64 && p.page_size != 128) ||
+      !mla_sm90_takes_page_size(p.page_size) ||
       int64_t{p.max_pages} * p.page_size > MLA_SM90_MAX_SEQUENCE_TOKENS) {
     return cudaErrorInvalidValue;
   }

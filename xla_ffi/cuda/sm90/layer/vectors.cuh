@@ -28,56 +28,31 @@ __device__ __forceinline__ uint4 load_weights(const void* p) {
   return v;
 }
 
-// What a kernel before this one wrote: by way of L2, and not moved ahead of the wait for it.
+// What a kernel before this one wrote: by way of L2.
 __device__ __forceinline__ uint2 load_2(const void* p) {
-  uint2 v;
-  asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
-  return v;
-}
-__device__ __forceinline__ float2 load_2(const float* p) {
-  const uint2 v = load_2(static_cast<const void*>(p));
-  return {__uint_as_float(v.x), __uint_as_float(v.y)};
+  return __ldcg(static_cast<const uint2*>(p));
 }
 __device__ __forceinline__ float4 load_4(const float* p) {
-  float4 v;
-  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "l"(p)
-               : "memory");
-  return v;
+  return __ldcg(reinterpret_cast<const float4*>(p));
 }
 
-// ---- Pairs of 16-bit elements ----
+// ---- Pairs of 16-bit elements; wgmma::Mma packs them ----
 
 template <typename T>
-struct Pairs;
-
+__device__ __forceinline__ float2 unpack_2(uint32_t v);
 template <>
-struct Pairs<__nv_bfloat16> {
-  __device__ __forceinline__ static float2 unpack(uint32_t v) {
-    return {__uint_as_float(v << 16), __uint_as_float(v & 0xFFFF0000u)};
-  }
-  __device__ __forceinline__ static uint32_t pack(float a, float b) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-    return reinterpret_cast<const uint32_t&>(v);
-  }
-};
-
+__device__ __forceinline__ float2 unpack_2<__nv_bfloat16>(uint32_t v) {
+  return {__uint_as_float(v << 16), __uint_as_float(v & 0xFFFF0000u)};
+}
 template <>
-struct Pairs<__half> {
-  __device__ __forceinline__ static float2 unpack(uint32_t v) {
-    return __half22float2(reinterpret_cast<const __half2&>(v));
-  }
-  __device__ __forceinline__ static uint32_t pack(float a, float b) {
-    const __half2 v = __floats2half2_rn(a, b);
-    return reinterpret_cast<const uint32_t&>(v);
-  }
-};
+__device__ __forceinline__ float2 unpack_2<__half>(uint32_t v) {
+  return __half22float2(reinterpret_cast<const __half2&>(v));
+}
 
 // Four elements in two words.
 template <typename T>
 __device__ __forceinline__ float4 unpack_4(uint2 v) {
-  const float2 a = Pairs<T>::unpack(v.x), b = Pairs<T>::unpack(v.y);
+  const float2 a = unpack_2<T>(v.x), b = unpack_2<T>(v.y);
   return {a.x, a.y, b.x, b.y};
 }
 
@@ -89,7 +64,7 @@ __device__ __forceinline__ void multiply_add(float (&sums)[8], uint4 weights, fl
   const uint32_t words[4] = {weights.x, weights.y, weights.z, weights.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 w = Pairs<T>::unpack(words[i]);
+    const float2 w = unpack_2<T>(words[i]);
     sums[2 * i] = fmaf(w.x, x, sums[2 * i]);
     sums[2 * i + 1] = fmaf(w.y, x, sums[2 * i + 1]);
   }
@@ -98,8 +73,8 @@ __device__ __forceinline__ void multiply_add(float (&sums)[8], uint4 weights, fl
 // The sum of weights * x over eight rows.
 template <typename T>
 __device__ __forceinline__ float dot(uint4 weights, float4 first, float4 last) {
-  const float2 a = Pairs<T>::unpack(weights.x), b = Pairs<T>::unpack(weights.y);
-  const float2 c = Pairs<T>::unpack(weights.z), d = Pairs<T>::unpack(weights.w);
+  const float2 a = unpack_2<T>(weights.x), b = unpack_2<T>(weights.y);
+  const float2 c = unpack_2<T>(weights.z), d = unpack_2<T>(weights.w);
   const float even = fmaf(d.x, last.z, fmaf(c.x, last.x, fmaf(b.x, first.z, a.x * first.x)));
   const float odd = fmaf(d.y, last.w, fmaf(c.y, last.y, fmaf(b.y, first.w, a.y * first.y)));
   return even + odd;
