@@ -15,7 +15,7 @@
 // maxima pass with them. While one warpgroup does a softmax, the tensor cores work for the other:
 //
 //   even:  scores 0 | softmax 0 | out 0 (left)            | out 1 (left)  | scores 2 ...
-//   odd:         scores 1       | out 0 (right), softmax 1 | out 1 (right) | scores 3 ...
+//   odd:              scores 1  | out 0 (right), softmax 1 | out 1 (right) |          scores 3 ...
 
 #pragma once
 
@@ -332,6 +332,7 @@ struct Decode {
     int block = item.begin;
     for (; block + 1 < item.end; block += 2) {
       start_scores<0>(shared, uses++ & 1, item, block, scores);
+      ptx::named_barrier_arrive(kEvenScoresStarted, kConsumerThreads);
       const RowPair tops = finish_scores(args, item, rows, block, scores);
       weigh<0>(args, shared, rows, scores, tops, max, sum, factor, weights);
       rescale(output, factor);
@@ -365,6 +366,8 @@ struct Decode {
     float scores[32];
     int block = item.begin;
     for (; block + 1 < item.end; block += 2) {
+      // Not at once: the even softmax would find the tensor cores shared before it and idle after.
+      ptx::named_barrier_sync(kEvenScoresStarted, kConsumerThreads);
       start_scores<1>(shared, uses++ & 1, item, block + 1, scores);
       // The largest scores while the even weights are not there yet.
       const RowPair tops = finish_scores(args, item, rows, block + 1, scores);

@@ -190,7 +190,8 @@ enum NamedBarrier : int {
   kWarpgroup = 4,  // and 5: one warpgroup
   kStart = 6,      // the part is known
   kMbarriersReady = 7,
-  kOthers = 8,  // those whom kMbarriersReady does not concern; for racecheck
+  kOthers = 8,             // those whom kMbarriersReady does not concern; for racecheck
+  kEvenScoresStarted = 9,  // all products of the even scores are queued
 };
 
 }  // namespace mla
