@@ -9,8 +9,8 @@ r"""Small calls of every template of the CUDA kernels, for compute-sanitizer; ne
 
 LIBRARY is the kernels alone, without XLA:
 
-    nvcc -O3 -std=c++17 -arch=sm_90a -shared -Xcompiler -fPIC -o LIBRARY \
-        xla_ffi/cuda/sm90/{decode/launch,layer/launch,append}.cu
+    nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -shared -Xcompiler -fPIC \
+        -o LIBRARY xla_ffi/cuda/sm90/{decode/launch,layer/launch,append}.cu
 
 RACECHECK is the same with -DMLA_JAX_RACECHECK: racecheck does not follow `bar.arrive`, nor
 barriers that some warps pass more often than others (xla_ffi/cuda/sm90/ptx.cuh).
