@@ -366,7 +366,8 @@ struct Decode {
     float scores[32];
     int block = item.begin;
     for (; block + 1 < item.end; block += 2) {
-      // Not at once: the even softmax would find the tensor cores shared before it and idle after.
+      // Side by side the even scores would be done later, with no products left to hide their
+      // softmax.
       ptx::named_barrier_sync(kEvenScoresStarted, kConsumerThreads);
       start_scores<1>(shared, uses++ & 1, item, block + 1, scores);
       // The largest scores while the even weights are not there yet.
