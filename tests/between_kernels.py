@@ -17,7 +17,7 @@ import statistics
 import sys
 
 import torch
-from kernel_calls import draw, graph, load, microseconds, normal, of_library
+from kernel_calls import draw, load, microseconds, normal, of_library
 
 from mla_jax.bench import cases, peers
 
@@ -61,9 +61,9 @@ def main() -> None:
         calls = {path: of_library(library, shape, data) for path, library in libraries.items()}
         if importlib.util.find_spec("flash_mla") is not None:
             calls["flashmla"] = peers._CALLS["flashmla"](shape, data)
-        made = {"": graph(lambda _: others(), CALLS)}
+        made = {"": peers.capture(lambda _: others(), CALLS)}
         for name, call in calls.items():
-            made[name] = graph(lambda i, call=call: (others(), call(i)), CALLS)
+            made[name] = peers.capture(lambda i, call=call: (others(), call(i)), CALLS)
         took = measure({name: found for name, (found, _) in made.items()})
         shown = "  ".join(f"{name} {took[name] - took['']:.1f}" for name in calls)
         print(f"({shape})  others {took['']:.1f}  {shown}", flush=True)

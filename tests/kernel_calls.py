@@ -9,11 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sanitizer import Params
+from sanitizer import COUNTERS, Params
 
 from mla_jax.bench import cases
-
-COUNTERS = 264  # MLA_SM90_COUNTERS of xla_ffi/mla.h
 
 
 def load(path: str) -> ctypes.CDLL:
@@ -28,7 +26,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def draw(shape: cases.Shape, calls: int) -> cases.Data:
-    """Inputs of some calls, torch's; pools of up to 1.5 GB, none in a cache when its turn comes."""
+    """Inputs of some calls, torch's, each with a pool of its own where all take up to 1.5 GB."""
     pages = shape.b * shape.s_k // cases.PAGE_SIZE
     count = min(calls, max(1, 1_500_000_000 // shape.cache_bytes(2)))
     order = (torch.randperm(pages, device="cuda").int() for _ in range(calls))
@@ -84,20 +82,6 @@ def of_library(library: ctypes.CDLL, shape: cases.Shape, data: Any) -> Callable[
     q, cache, table, _ = data.call(0)
     call = Call(library, q, cache, table.shape[1], cases.SCALE, shape.causal)
     return lambda i: call(*data.call(i))
-
-
-def graph(once: Callable[[int], Any], calls: int) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
-    """Returns a graph of so many calls, and what must outlive it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        once(0)  # whatever a first call sets up stays out of the graph
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    found = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(found):
-        kept = [once(i) for i in range(calls)]
-    return found, [kept, once]
 
 
 def microseconds(found: torch.cuda.CUDAGraph, calls: int) -> float:

@@ -35,6 +35,7 @@ from mla_jax.layer import weights
 from mla_jax.rope import rope_tables
 
 MARGIN = 1 << 20  # bytes
+COUNTERS = 264  # MLA_SM90_COUNTERS of xla_ffi/mla.h
 
 
 def _fields(pointers: str, sizes: str, **others: Any) -> list[tuple[str, Any]]:
@@ -154,7 +155,7 @@ def run(
     )
     workspace = library.mla_sm90_decode_workspace_bytes(ctypes.byref(params), 132)
     results = [device.put_guarded(x) for x in (out, lse)]
-    rest = [device.allocate(n) for n in (workspace, 4 * 264)]
+    rest = [device.allocate(n) for n in (workspace, 4 * COUNTERS)]
     params.out, params.lse = (x.value + MARGIN for x in results)
     params.workspace, params.counters = rest
     if error := library.mla_sm90_decode(ctypes.byref(params), None):

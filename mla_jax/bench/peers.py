@@ -52,6 +52,27 @@ def peer_versions() -> dict[str, str]:
     return found
 
 
+def capture(call: Callable[[int], Any], calls: int) -> tuple[Any, list[Any]]:
+    """Makes a CUDA graph of `call(0)`, .., `call(calls - 1)`.
+
+    Returns:
+        The graph, and the results of its calls; both, and what `call` closes over, must be kept
+        for as long as the graph is replayed.
+    """
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # whatever a first call sets up stays out of the graph
+        call(0)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [call(i) for i in range(calls)]
+    return graph, results
+
+
 class PeerVariant(TimedCalls):
     """A peer as a CUDA graph of `calls` calls, each with its own inputs, replayed `repeats` times.
 
@@ -74,16 +95,8 @@ class PeerVariant(TimedCalls):
         arrays = (data.queries[:calls], data.pools, data.tables[:calls], data.lengths)
         tensors = Data(*jax.tree.map(torch.from_dlpack, jax.block_until_ready(arrays)))
         # The graph reads what the call closes over (a schedule, caches laid out anew): kept.
-        self._call = call = _CALLS[name](shape, tensors)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # whatever a first call sets up stays out of the graph
-            call(0)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._results = [call(i) for i in range(calls)]
+        self._call = _CALLS[name](shape, tensors)
+        self._graph, self._results = capture(self._call, calls)
 
     def first_result(self) -> np.ndarray:
         """Replays the graph and returns the result of its first call."""
