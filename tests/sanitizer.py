@@ -18,6 +18,7 @@ barriers that some warps pass more often than others (xla_ffi/cuda/sm90/ptx.cuh)
 
 import ctypes
 import dataclasses
+import itertools
 import os
 import sys
 from typing import Any
@@ -287,7 +288,8 @@ def main() -> None:
         for d_k in (576, 512):
             cases.append(([200, 0, 700], {"h_q": 16, "d_k": d_k, "dtype": dtype}))
             cases.append(([130, 900], {"h_q": 128, "s_q": 2, "d_k": d_k, "dtype": dtype}))
-    cases += [([3, 300], {"h_q": 40, "page_size": page}) for page in (16, 32, 128)]
+    for page_size in (16, 32, 128):
+        cases += [([3, 300], {"h_q": h_q, "page_size": page_size}) for h_q in (3, 40)]
     cases += [([64, 200], {"h_q": 16, "h_kv": 2, "s_q": 2}), ([64] * 140, {"h_q": 16})]
     cases += [([9000], {"h_q": 16}), ([2000] * 5, {"h_q": 128}), ([70] * 40, {"h_q": 16})]
     cases.append(([600] * 20, {"h_q": 128}))  # combined in wide units
@@ -302,9 +304,9 @@ def main() -> None:
             if not causal and p.k_cache.shape[2:] == (1, 576):
                 assert_same_bits(run(device, library, p, causal, invariant, in_parts=True), got)
     garbage = np.random.default_rng(0).integers(-(2**31), 2**31, (7, 34)).astype(np.int32)
-    p = problem([300] * 7, h_q=16, width=33)
-    p = Problem(p.q, p.k_cache, garbage[:, :33].copy(), garbage[:, 33].copy())
-    for invariant in (False, True):
+    for h_q, invariant in itertools.product((16, 40), (False, True)):
+        p = problem([300] * 7, h_q=h_q, width=33)
+        p = Problem(p.q, p.k_cache, garbage[:, :33].copy(), garbage[:, 33].copy())
         run(device, library, p, False, invariant)
     appends = check_append(device, library)
     layers = check_layer(device, library)

@@ -6,6 +6,7 @@ Reads it with NVIDIA's cuobjdump, of the toolkit or of PyPI; no GPU is needed. T
 is for the compiler to say: xla_ffi/CMakeLists.txt makes it an error.
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -43,11 +44,12 @@ def kernels():
 
 
 def test_every_template_is_there(kernels):
-    """Two dtypes, and caches of 8 or 9 pieces of 64 channels; in a chain of 9."""
+    """Two tiles, two dtypes, and caches of 8 or 9 pieces of 64 channels; in a chain of 9."""
     names = " ".join(kernels)
-    found = re.findall(r"decode_kernelI(\d+\w+?)Li(\d)ELNS_4FormE(\d)", names)
+    found = re.findall(r"decode_kernelINS_\d+(\w+?)TileI\d+(\w+?)EELi(\d)ELNS_4FormE(\d)", names)
     kinds = [("8", "0"), ("9", "0"), ("9", "1")]
-    assert set(found) == {(t, *kind) for t in ("6__half", "13__nv_bfloat16") for kind in kinds}
+    tiles = list(itertools.product(("Wide", "Narrow"), ("__half", "__nv_bfloat16")))
+    assert set(found) == {(*tile, *kind) for tile in tiles for kind in kinds}
     for name, count in {"project": 4, "absorb": 2, "values": 2, "output": 4}.items():
         assert len(re.findall(rf"layer\d+{name}_kernel", names)) == count
 
@@ -79,5 +81,8 @@ def test_tensor_cores_and_bulk_copies(kernels):
                 assert len(re.findall(rf"\b{re.escape(move)}\b", code)) >= 2, (name, move)
             continue
         assert len(re.findall(r"\bHGMMA\b", code)) >= 16, name
+        if "NarrowTile" in name:  # its output's products are of one warp
+            assert len(re.findall(r"\bHMMA\.16816\b", code)) >= 8, name
+            assert len(re.findall(r"\bLDSM\.16\.MT88\.4\b", code)) >= 4, name
         assert len(re.findall(r"\bUTMALDG\b", code)) >= 2, name
         assert "USETMAXREG" in code, name

@@ -63,11 +63,14 @@ __device__ __forceinline__ void pin(float (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// wgmma names its accumulators one by one: 32 of a 64 x 64 product, 128 of a 64 x 256 one.
-#define MLA_REGISTERS_32                                         \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, " \
-  "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, " \
-  "%26, %27, %28, %29, %30, %31"
+// wgmma names its accumulators one by one: 8 of a 64 x 16 product, 32 of a 64 x 64 one, 128 of a
+// 64 x 256 one.
+#define MLA_REGISTERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define MLA_REGISTERS_32                                            \
+  MLA_REGISTERS_8                                                   \
+  ", "                                                              \
+  "%8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+  "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define MLA_REGISTERS_128                                                  \
   MLA_REGISTERS_32                                                         \
   ", "                                                                     \
@@ -90,8 +93,10 @@ __device__ __forceinline__ void pin(float (&registers)[kCount]) {
 
 // The products of one element type:
 //   rows_64x64      d[64 x 64] (+)= A[64 x 16] B[64 x 16]^T, both row-major in shared memory
+//   rows_64x16      d[64 x 16] (+)= A[64 x 16] B[16 x 16]^T, likewise
 //   columns_64x256  d[64 x 256] += A[64 x 16] B[16 x 256], A row-major in shared memory or in
 //                   registers, B column-major in shared memory
+//   warp_16x8       d[16 x 8] += A[16 x 16] B[16 x 8], of one warp and at once, all in registers
 template <typename T>
 struct Mma;
 
@@ -111,6 +116,15 @@ struct Mma;
           : MLA_ACCUMULATORS_32(0)                                                                 \
           : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                    \
     }                                                                                              \
+    __device__ __forceinline__ static void rows_64x16(float (&d)[8], uint64_t a, uint64_t b,       \
+                                                      bool accumulate) {                           \
+      asm volatile(                                                                                \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"                                             \
+          "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type " {" MLA_REGISTERS_8         \
+          "}, %8, %9, p, 1, 1, 0, 0;\n}\n"                                                         \
+          : MLA_ACCUMULATORS_8(0)                                                                  \
+          : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                    \
+    }                                                                                              \
     __device__ __forceinline__ static void columns_64x256(float (&d)[128], uint64_t a,             \
                                                           uint64_t b) {                            \
       asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                    \
@@ -125,11 +139,20 @@ struct Mma;
                    : MLA_ACCUMULATORS_128                                                          \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                          \
     }                                                                                              \
+    __device__ __forceinline__ static void warp_16x8(float* d, const uint32_t (&a)[4],             \
+                                                     uint32_t b0, uint32_t b1) {                   \
+      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                          \
+                   ".f32"                                                                          \
+                   " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"            \
+                   : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                \
+    }                                                                                              \
   }
 
 MLA_DEFINE_MMA(__nv_bfloat16, __nv_bfloat162, __floats2bfloat162_rn, "bf16");
 MLA_DEFINE_MMA(__half, __half2, __floats2half2_rn, "f16");
 
+#undef MLA_REGISTERS_8
 #undef MLA_REGISTERS_32
 #undef MLA_REGISTERS_128
 #undef MLA_ACCUMULATORS_8

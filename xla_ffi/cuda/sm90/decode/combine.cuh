@@ -317,9 +317,10 @@ __device__ __forceinline__ void take_units(Combination& c, bool half, int share,
 
 // Waits for all pieces and combines this part's share; called by all consumers. A rehearsal waits
 // for nothing and writes nothing.
-template <typename T>
+template <typename Tile>
 __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& place, int seq,
                                         const Split& split, void* scratch, bool rehearses) {
+  using T = typename Tile::Element;
   const int rows = place.end_row - place.first_row, cta = place.peer(split.first_part);
   Combination c = {args,
                    *static_cast<CombineScratch*>(scratch),
@@ -331,11 +332,11 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& pla
                    partial_slot(cta, true),
                    partial_slot(cta + place.groups, false),
                    2 * place.groups};
-  const bool half = is_half(args, rows);
+  const bool half = Tile::kHalfPartials && is_half(args, rows);
   take_units(c, half, split.share, split.helpers);
   if (c.units <= 0) return;
   if (rehearses) c.rows = 0;
-  const uint32_t expected = split.pieces * partial_writers(rows);
+  const uint32_t expected = split.pieces * partial_tellers(rows);
   const auto wait = [&] {
     if (threadIdx.x == 0 && !rehearses) {
       while (ptx::acquire_load(args.counters + cta) < expected) {
@@ -345,6 +346,8 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& pla
   };
   if (!half) {
     combine_units<T, float, 1>(c, wait);
+  } else if constexpr (!Tile::kHalfPartials) {
+    // Partial results of low tiles are float.
   } else if (c.width == 1) {
     combine_units<T, __half, 1>(c, wait);
   } else {

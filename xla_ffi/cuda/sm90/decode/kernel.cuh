@@ -3,16 +3,16 @@
 //
 // Paged MLA decode on Hopper.
 //
-// A CTA holds 64 packed query rows and walks through blocks of 64 tokens: scores = Q K^T, weights =
-// softmax, output += weights V, where V is the first 512 columns of K. Three warpgroups:
+// A CTA holds up to 64 packed query rows and walks through blocks of 64 tokens: scores = Q K^T,
+// weights = softmax, output += weights V, where V is the first 512 columns of K. Three warpgroups:
 //
 //   even (0)   scores and weights of blocks 0, 2, ..; columns   0..255 of the output, every block
 //   odd  (1)   scores and weights of blocks 1, 3, ..; columns 256..511 of the output, every block
 //   copies     two threads: the queries, and the blocks into two buffers, by TMA
 //
 // The output of 64 x 512 floats fits in registers only when halved, so each warpgroup needs the
-// other's weights; they pass through shared memory, in the block's dead RoPE piece. The running
-// maxima pass with them. While one warpgroup does a softmax, the tensor cores work for the other:
+// other's weights; they pass through shared memory, and the running maxima with them. While one
+// warpgroup does a softmax, the tensor cores work for the other:
 //
 //   even:  scores 0 | softmax 0 | out 0 (left)            | out 1 (left)  | scores 2 ...
 //   odd:              scores 1  | out 0 (right), softmax 1 | out 1 (right) |          scores 3 ...
@@ -32,10 +32,12 @@ enum class Form {
   kChain,  // in a chain of kernels, of one sequence with one query, see chain.h
 };
 
-template <typename T, int kPieces, Form kForm>
+// Tile is what a warpgroup does with its rows: WideTile<T>, or NarrowTile<T> for at most 16.
+template <typename Tile, int kPieces, Form kForm>
 struct Decode {
+  using T = typename Tile::Element;
+  using State = typename Tile::State;
   static constexpr bool kInChain = kForm == Form::kChain;
-  using Mma = wgmma::Mma<T>;
   static constexpr int kBlockShift = 6;                // log2 of the tokens of a block
   static constexpr int kMaxPages = kBlockTokens / 16;  // of a block, with the smallest pages
 
@@ -47,16 +49,16 @@ struct Decode {
     constexpr int kValuePieces = kValueColumns / 64;
     if constexpr (kInChain) ptx::grid_dependency_wait();  // by every CTA
     const int height = shared.part.height;
-    const int box_bytes = query_box_rows(args.rows, shared.part.height) * 128;
+    const QueryBox box = query_box(args.rows, height, Tile::kQueryStride, args.query_pieces);
     for_each_item(args, shared.part, [&](const Item& item) {
       ptx::mbarrier_wait(&shared.query_empty, item.parity ^ 1);
-      ptx::mbarrier_arrive_expect_tx(&shared.query_full, kPieces * box_bytes);
+      ptx::mbarrier_arrive_expect_tx(&shared.query_full, kPieces * box.rows * 128);
 #pragma unroll 1
-      for (int piece = 0; piece < kPieces; ++piece) {
+      for (int piece = 0; piece < kPieces; piece += box.pieces) {
         const bool last = piece == kValuePieces;
-        ptx::tma_load(shared.query[piece], last ? &maps.last[height] : &maps.values[height],
-                      &shared.query_full, 0, place.first_row, last ? 0 : piece, place.kv_head,
-                      item.seq);
+        ptx::tma_load(shared.query[0] + piece * Tile::kQueryStride * 128,
+                      last ? &maps.last[height] : &maps.values[height], &shared.query_full, 0,
+                      place.first_row, last ? 0 : piece, place.kv_head, item.seq);
       }
     });
   }
@@ -175,22 +177,23 @@ struct Decode {
 
   // ---- Scores, weights, output ----
 
-  // Rows and limits of this thread within an item.
+  // This thread's rows of scores within an item.
   struct Rows {
-    int local;     // row of the tile; the thread holds it and local + 8
-    int limit[2];  // tokens that the two rows see
+    int first;               // see Tile::row
+    int limit[Tile::kRows];  // tokens that each sees
   };
 
   __device__ __forceinline__ static Rows rows_of(const DecodeArgs& args, const Place& place,
                                                  const Item& item) {
     Rows rows;
-    rows.local = 16 * (threadIdx.x % 128 / 32) + threadIdx.x % 32 / 4;
-    rows.limit[0] = rows.limit[1] = item.tokens;
+    rows.first = Tile::first_row();
+#pragma unroll
+    for (int& limit : rows.limit) limit = item.tokens;
     if (args.causal && args.s_q > 1) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int query = args.heads_per_kv.floor(place.first_row + rows.local + 8 * e);
-        rows.limit[e] = min(item.tokens - args.s_q + query + 1, item.tokens);
+      for (int k = 0; k < Tile::kRows; ++k) {
+        const int query = args.heads_per_kv.floor(place.first_row + Tile::row(rows.first, k));
+        rows.limit[k] = min(item.tokens - args.s_q + query + 1, item.tokens);
       }
     }
     return rows;
@@ -200,9 +203,9 @@ struct Decode {
   template <int kBuffer>
   __device__ __forceinline__ static void start_scores(Shared& shared, uint32_t parity,
                                                       const Item& item, int block,
-                                                      float (&scores)[32]) {
-    const uint64_t a = wgmma::row_major_descriptor(shared.query[0]);
-    const uint64_t b = wgmma::row_major_descriptor(shared.cache[kBuffer][0]);
+                                                      float (&scores)[Tile::kScores]) {
+    const uint64_t queries = wgmma::row_major_descriptor(shared.query[0]);
+    const uint64_t keys = wgmma::row_major_descriptor(shared.cache[kBuffer][0]);
     wgmma::pin(scores);
     if (block < item.begin + 2) ptx::mbarrier_wait(&shared.query_full, item.parity);
 #pragma unroll
@@ -212,38 +215,10 @@ struct Decode {
       wgmma::fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const int offset = piece * (wgmma::kPieceBytes >> 4) + k * wgmma::kRowMajorStep;
-        Mma::rows_64x64(scores, a + offset, b + offset, i + k > 0);
+        const int step = k * wgmma::kRowMajorStep;
+        Tile::multiply_scores(scores, queries + piece * (Tile::kQueryStride * 128 >> 4) + step,
+                              keys + piece * (wgmma::kPieceBytes >> 4) + step, i + k > 0);
       }
-    }
-    wgmma::commit();
-  }
-
-  // Starts output += weights V over one block, with the weights of this thread's rows in registers.
-  template <int kBuffer, int kHalf>
-  __device__ __forceinline__ static void start_output(Shared& shared,
-                                                      const uint32_t (&weights)[4][4],
-                                                      float (&output)[128]) {
-    const uint64_t b = wgmma::column_major_descriptor(shared.cache[kBuffer][4 * kHalf]);
-    wgmma::pin(output);
-    wgmma::fence();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      Mma::columns_64x256(output, weights[k], b + k * wgmma::kColumnMajorStep);
-    }
-    wgmma::commit();
-  }
-
-  // The same with the other warpgroup's weights, from shared memory.
-  template <int kBuffer, int kHalf>
-  __device__ __forceinline__ static void start_output(Shared& shared, float (&output)[128]) {
-    const uint64_t a = wgmma::row_major_descriptor(shared.cache[kBuffer][kWeightsPiece]);
-    const uint64_t b = wgmma::column_major_descriptor(shared.cache[kBuffer][4 * kHalf]);
-    wgmma::pin(output);
-    wgmma::fence();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      Mma::columns_64x256(output, a + k * wgmma::kRowMajorStep, b + k * wgmma::kColumnMajorStep);
     }
     wgmma::commit();
   }
@@ -252,7 +227,8 @@ struct Decode {
   template <int kBuffer, int kHalf>
   __device__ __forceinline__ static void clear_past_end(Shared& shared, int block, int tokens) {
     const int valid = max(tokens - block * kBlockTokens, 0);
-    if (valid >= kBlockTokens) return;
+    if (__builtin_expect(valid >= kBlockTokens, 1)) return;
+#pragma unroll 1
     for (int i = threadIdx.x % 128; i < (kBlockTokens - valid) * 32; i += 128) {
       uint8_t* row = shared.cache[kBuffer][4 * kHalf + i / 8 % 4] + (valid + i / 32) * 128;
       *reinterpret_cast<uint4*>(row + i % 8 * 16) = make_uint4(0, 0, 0, 0);
@@ -262,232 +238,214 @@ struct Decode {
   }
 
   // Waits for a block's scores, hides those that a row does not see and finds the largest of each.
-  __device__ __forceinline__ static RowPair finish_scores(const DecodeArgs& args, const Item& item,
-                                                          const Rows& rows, int block,
-                                                          float (&scores)[32]) {
-    finish(scores);
+  template <int kBuffer>
+  __device__ __forceinline__ static typename Tile::Tops finish_scores(
+      const DecodeArgs& args, Shared& shared, uint32_t parity, const Item& item, const Rows& rows,
+      int block, float (&scores)[Tile::kScores]) {
+    wgmma::wait<0>();
+    wgmma::pin(scores);
     const int past = (block + 1) * kBlockTokens - item.tokens;  // tokens past the end
     if (past > (args.causal ? -(args.s_q - 1) : 0)) {
-      mask_scores(scores, block * kBlockTokens + 2 * (threadIdx.x % 4), rows.limit);
+      Tile::hide(scores, block * kBlockTokens, rows.limit);
     }
-    return row_tops(scores);
+    return Tile::template find_tops<kBuffer>(shared, parity, scores);
   }
 
   // Softmax of the block whose scores this warpgroup has; publishes weights and maxima.
   template <int kBuffer>
   __device__ __forceinline__ static void weigh(const DecodeArgs& args, Shared& shared,
-                                               const Rows& rows, float (&scores)[32],
-                                               const RowPair& tops, RowPair& max, RowPair& sum,
-                                               RowPair& factor, uint32_t (&weights)[4][4]) {
-    softmax_block<T>(scores, tops, args.scale_log2, max, sum, factor, weights);
-    // The weights overwrite K's RoPE piece: all four warps must be done with the scores. The odd
-    // warpgroup has met in follow().
-    if constexpr (kBuffer == 0) ptx::named_barrier_sync(kWarpgroup, 128);
-    store_weights(shared.cache[kBuffer][kWeightsPiece], weights);
-    if (threadIdx.x % 4 == 0) {
-      shared.max[kBuffer][rows.local] = max.v[0];
-      shared.max[kBuffer][rows.local + 8] = max.v[1];
-    }
-    ptx::fence_proxy_async();
-    ptx::named_barrier_arrive(kBuffer == 0 ? kEvenWeightsReady : kOddWeightsReady,
-                              kConsumerThreads);
+                                               const Rows& rows, float (&scores)[Tile::kScores],
+                                               const typename Tile::Tops& tops, State& state,
+                                               typename Tile::Weights& weights) {
+    Tile::template weigh<kBuffer>(shared, rows.first, scores, tops, args.scale_log2, state,
+                                  weights);
   }
 
   // Waits for the other warpgroup's weights and follows its maxima.
   template <int kBuffer>
-  __device__ __forceinline__ static void follow(Shared& shared, const Rows& rows, RowPair& max,
-                                                RowPair& sum, RowPair& factor) {
+  __device__ __forceinline__ static void follow(Shared& shared, const Rows& rows, State& state) {
     if (ptx::kRacecheck && kBuffer == 0) ptx::named_barrier_sync(kWarpgroup + 1, 128);
     ptx::named_barrier_sync(kBuffer == 0 ? kEvenWeightsReady : kOddWeightsReady, kConsumerThreads);
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float fresh = shared.max[kBuffer][rows.local + 8 * e];
-      factor.v[e] = rescale_factor(max.v[e], fresh);
-      max.v[e] = fresh;
-      sum.v[e] *= factor.v[e];
-    }
+    Tile::template follow<kBuffer>(shared, rows.first, state);
   }
 
-  // Waits for all products of this warpgroup: their accumulators may be read.
-  template <int kCount>
-  __device__ __forceinline__ static void finish(float (&accumulators)[kCount]) {
-    wgmma::wait<0>();
-    wgmma::pin(accumulators);
-  }
-
-  // The same, then gives half of a buffer back.
-  __device__ __forceinline__ static void finish(float (&output)[128], uint64_t* empty) {
-    finish(output);
+  // Waits for the output's products, then gives half of a buffer back.
+  __device__ __forceinline__ static void finish(float (&output)[Tile::kOutputs], uint64_t* empty) {
+    Tile::finish_output(output);
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
   }
 
   // Accumulates the even warpgroup's half of the output over the blocks of an item.
   __device__ __forceinline__ static void consume_even(const DecodeArgs& args, Shared& shared,
                                                       const Item& item, const Rows& rows,
-                                                      uint32_t& uses, float (&output)[128],
-                                                      RowPair& max, RowPair& sum) {
-    RowPair factor;
-    uint32_t weights[4][4];
-    float scores[32];
+                                                      uint32_t& uses,
+                                                      float (&output)[Tile::kOutputs],
+                                                      State& state) {
+    typename Tile::Weights weights;
+    float scores[Tile::kScores];
     int block = item.begin;
     for (; block + 1 < item.end; block += 2) {
-      start_scores<0>(shared, uses++ & 1, item, block, scores);
+      const uint32_t parity = uses++ & 1;
+      start_scores<0>(shared, parity, item, block, scores);
       ptx::named_barrier_arrive(kEvenScoresStarted, kConsumerThreads);
-      const RowPair tops = finish_scores(args, item, rows, block, scores);
-      weigh<0>(args, shared, rows, scores, tops, max, sum, factor, weights);
-      rescale(output, factor);
-      start_output<0, 0>(shared, weights, output);
+      const auto tops = finish_scores<0>(args, shared, parity, item, rows, block, scores);
+      weigh<0>(args, shared, rows, scores, tops, state, weights);
+      rescale(output, state.factor);
+      Tile::template start_own_output<0>(shared, weights, output);
 
       finish(output, &shared.cache_empty[0][0]);
-      follow<1>(shared, rows, max, sum, factor);
+      follow<1>(shared, rows, state);
       clear_past_end<1, 0>(shared, block + 1, item.tokens);
-      rescale(output, factor);
-      start_output<1, 0>(shared, output);
+      rescale(output, state.factor);
+      Tile::template start_output<1, 0>(shared, output);
       finish(output, &shared.cache_empty[1][0]);
     }
     if (block < item.end) {
-      start_scores<0>(shared, uses++ & 1, item, block, scores);
-      const RowPair tops = finish_scores(args, item, rows, block, scores);
-      weigh<0>(args, shared, rows, scores, tops, max, sum, factor, weights);
+      const uint32_t parity = uses++ & 1;
+      start_scores<0>(shared, parity, item, block, scores);
+      const auto tops = finish_scores<0>(args, shared, parity, item, rows, block, scores);
+      weigh<0>(args, shared, rows, scores, tops, state, weights);
       clear_past_end<0, 0>(shared, block, item.tokens);
-      rescale(output, factor);
-      start_output<0, 0>(shared, weights, output);
+      rescale(output, state.factor);
+      Tile::template start_own_output<0>(shared, weights, output);
+      Tile::share_sums(shared.sum[item.parity], 0, state);  // while the products run
       finish(output, &shared.cache_empty[0][0]);
+    } else {
+      Tile::share_sums(shared.sum[item.parity], 0, state);
     }
   }
 
   // The odd warpgroup's half.
   __device__ __forceinline__ static void consume_odd(const DecodeArgs& args, Shared& shared,
                                                      const Item& item, const Rows& rows,
-                                                     uint32_t& uses, float (&output)[128],
-                                                     RowPair& max, RowPair& sum) {
-    RowPair factor;
-    uint32_t weights[4][4];
-    float scores[32];
+                                                     uint32_t& uses,
+                                                     float (&output)[Tile::kOutputs],
+                                                     State& state) {
+    typename Tile::Weights weights;
+    float scores[Tile::kScores];
     int block = item.begin;
     for (; block + 1 < item.end; block += 2) {
       // Side by side the even scores would be done later, with no products left to hide their
       // softmax.
       ptx::named_barrier_sync(kEvenScoresStarted, kConsumerThreads);
-      start_scores<1>(shared, uses++ & 1, item, block + 1, scores);
+      const uint32_t parity = uses++ & 1;
+      start_scores<1>(shared, parity, item, block + 1, scores);
       // The largest scores while the even weights are not there yet.
-      const RowPair tops = finish_scores(args, item, rows, block + 1, scores);
-      follow<0>(shared, rows, max, sum, factor);
-      rescale(output, factor);
-      start_output<0, 1>(shared, output);
+      const auto tops = finish_scores<1>(args, shared, parity, item, rows, block + 1, scores);
+      follow<0>(shared, rows, state);
+      rescale(output, state.factor);
+      Tile::template start_output<0, 1>(shared, output);
 
-      weigh<1>(args, shared, rows, scores, tops, max, sum, factor, weights);
+      weigh<1>(args, shared, rows, scores, tops, state, weights);
       finish(output, &shared.cache_empty[0][1]);
       clear_past_end<1, 1>(shared, block + 1, item.tokens);
-      rescale(output, factor);
-      start_output<1, 1>(shared, weights, output);
+      rescale(output, state.factor);
+      Tile::template start_own_output<1>(shared, weights, output);
       finish(output, &shared.cache_empty[1][1]);
     }
     if (block < item.end) {
-      follow<0>(shared, rows, max, sum, factor);
+      follow<0>(shared, rows, state);
       clear_past_end<0, 1>(shared, block, item.tokens);
-      rescale(output, factor);
-      start_output<0, 1>(shared, output);
+      rescale(output, state.factor);
+      Tile::template start_output<0, 1>(shared, output);
+      Tile::share_sums(shared.sum[item.parity], 1, state);
       finish(output, &shared.cache_empty[0][1]);
+    } else {
+      Tile::share_sums(shared.sum[item.parity], 1, state);
     }
   }
 
   // Writes the normalised output of an unsplit item, 16 bytes a lane.
   __device__ __forceinline__ static void store_output(const DecodeArgs& args, const Place& place,
-                                                      const Item& item, const Rows& rows, int half,
-                                                      const float (&output)[128],
+                                                      const Item& item, int half,
+                                                      const float (&output)[Tile::kOutputs],
                                                       const RowPair& max, const RowPair& sum) {
-    const int lane = threadIdx.x % 4;
+    const int pair = threadIdx.x % 4;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int row = place.first_row + rows.local + 8 * e;
+      const int row = place.first_row + Tile::result_row() + 8 * e;
       const bool real = row < place.end_row;
       const float inverse = sum.v[e] == 0.f ? 0.f : 1.f / sum.v[e];
       T* dst = static_cast<T*>(args.out) +
                (real ? out_offset(args, item.seq, place.kv_head, row) : 0) + half * kHalfColumns +
-               8 * lane;
+               Tile::first_column() + 8 * pair;
 #pragma unroll
-      for (int i = 0; i < 32; i += 4) {
+      for (int i = 0; i < Tile::kGroups; i += 4) {
         uint32_t v[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          v[k] = Mma::pack(output[4 * (i + k) + 2 * e] * inverse,
-                           output[4 * (i + k) + 2 * e + 1] * inverse);
+          v[k] = Tile::Mma::pack(output[4 * (i + k) + 2 * e] * inverse,
+                                 output[4 * (i + k) + 2 * e + 1] * inverse);
         }
         transpose_quad(v);
         if (real) *reinterpret_cast<uint4*>(dst + 8 * i) = make_uint4(v[0], v[1], v[2], v[3]);
       }
-      if (real && half == 0 && lane == 0) {
+      if (real && half == 0 && Tile::has_first_columns() && pair == 0) {
         args.lse[lse_offset(args, item.seq, place.kv_head, row)] = log_sum_exp(max.v[e], sum.v[e]);
       }
     }
   }
 
-  // Adds up what the quads of both warpgroups have of the row sums.
-  __device__ __forceinline__ static void add_sums(Shared& shared, const Item& item,
-                                                  const Rows& rows, int half, RowPair& sum) {
-    float(&sums)[2][kTileRows] = shared.sum[item.parity];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      sum.v[e] = quad_sum(sum.v[e]);
-      if (threadIdx.x % 4 == 0) sums[half][rows.local + 8 * e] = sum.v[e];
-    }
+  // Adds up what both warpgroups have shared of the row sums. What all threads of the CTA have
+  // written before is there then, too.
+  __device__ __forceinline__ static RowPair add_sums(Shared& shared, const Item& item) {
     ptx::named_barrier_sync(kConsumers, kConsumerThreads);
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      sum.v[e] = sums[0][rows.local + 8 * e] + sums[1][rows.local + 8 * e];
-    }
+    return Tile::add_sums(shared.sum[item.parity]);
   }
 
   // Writes a piece for the kernel that follows: the unnormalised output, [part, head, column] of
   // floats, and the statistics, [part, head].
   __device__ __forceinline__ static void store_piece(const DecodeArgs& args, const Place& place,
-                                                     const Rows& rows, int half,
-                                                     const float (&output)[128], const RowPair& max,
-                                                     const RowPair& sum) {
-    const int lane = threadIdx.x % 4;
+                                                     int half,
+                                                     const float (&output)[Tile::kOutputs],
+                                                     const RowPair& max, const RowPair& sum) {
+    const int pair = threadIdx.x % 4;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int row = place.first_row + rows.local + 8 * e;
+      const int row = place.first_row + Tile::result_row() + 8 * e;
       if (row >= place.end_row) continue;
       const int64_t at = int64_t{place.part} * args.rows + row;
       float* dst = reinterpret_cast<float*>(args.partial_out) + at * kValueColumns +
-                   half * kHalfColumns + 2 * lane;
+                   half * kHalfColumns + Tile::first_column() + 2 * pair;
 #pragma unroll
-      for (int i = 0; i < 32; ++i) {
+      for (int i = 0; i < Tile::kGroups; ++i) {
         __stcg(reinterpret_cast<float2*>(dst + 8 * i),
                make_float2(output[4 * i + 2 * e], output[4 * i + 2 * e + 1]));
       }
-      if (half == 0 && lane == 0) __stcg(args.partial_stats + at, make_float2(max.v[e], sum.v[e]));
+      if (half == 0 && Tile::has_first_columns() && pair == 0) {
+        __stcg(args.partial_stats + at, make_float2(max.v[e], sum.v[e]));
+      }
     }
   }
 
-  // What a consumer warpgroup does; only the walk over the blocks differs between the two.
-  __device__ static void consume(const DecodeArgs& args, Shared& shared, const Place& place,
-                                 int half) {
+  // Accumulates and writes a warpgroup's half of all items' output; only the walk over the blocks
+  // differs between the two. Returns the last item's split.
+  __device__ __forceinline__ static Split attend(const DecodeArgs& args, Shared& shared,
+                                                 const Place& place, int half) {
     uint32_t uses = 0;  // of this warpgroup's block buffer
     const Part& part = shared.part;
     const bool fixed = args.fixed_pieces > 0;
     const Rehearsal rehearsal = rehearsal_of(args, part);
     Split split = {};  // of the item at hand
     const auto body = [&](const Item& item) {
-      const Rows rows = rows_of(args, place, item);
-      RowPair max = {kNegativeInfinity, kNegativeInfinity}, sum = {0.f, 0.f};
-      float output[128];
+      const auto rows = rows_of(args, place, item);
+      State state;
+      float output[Tile::kOutputs];
 #pragma unroll
       for (float& v : output) v = 0.f;
       if (half == 0) {
-        consume_even(args, shared, item, rows, uses, output, max, sum);
+        consume_even(args, shared, item, rows, uses, output, state);
       } else {
-        consume_odd(args, shared, item, rows, uses, output, max, sum);
+        consume_odd(args, shared, item, rows, uses, output, state);
       }
       if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.query_empty);
+      const RowPair max = Tile::result_max(state);
       if constexpr (kInChain) {
         // Not earlier: the weights that the next kernels ask for would come before blocks.
         if (threadIdx.x == 0) ptx::launch_dependents();
-        add_sums(shared, item, rows, half, sum);
+        const RowPair sum = add_sums(shared, item);
         ptx::grid_dependency_wait();  // before anything is written; over long since
-        store_piece(args, place, rows, half, output, max, sum);
+        store_piece(args, place, half, output, max, sum);
         return;
       }
 
@@ -496,34 +454,51 @@ struct Decode {
       const bool first = item.begin == 0 || rehearsal != Rehearsal::kNone;
       const int slot = fixed ? blockIdx.x : partial_slot(blockIdx.x, first);
       const int tile_rows = place.end_row - place.first_row;
-      const bool writes = !whole && threadIdx.x % 128 / 32 * 16 < tile_rows;
+      const bool writes = !whole && Tile::writes(tile_rows);
       Exponents exponents = {};
       if (writes) {
-        exponents = is_half(args, tile_rows) ? store_values<__half>(args, slot, half, output)
-                                             : store_values<float>(args, slot, half, output);
+        if constexpr (Tile::kHalfPartials) {
+          exponents = is_half(args, tile_rows)
+                          ? store_values<__half, Tile>(args, slot, half, output)
+                          : store_values<float, Tile>(args, slot, half, output);
+        } else {
+          store_values<float, Tile>(args, slot, half, output);
+        }
       }
-      add_sums(shared, item, rows, half, sum);
 
+      // Who else has pieces of the sequence, found while the values are on their way.
+      // Batch-invariant pieces are combined by another kernel, a rehearsal's by nobody.
+      const bool combined = !whole && !fixed && rehearsal == Rehearsal::kNone;
       split.helpers = 0;
-      if (whole) {
-        store_output(args, place, item, rows, half, output, max, sum);
-        return;
+      if (combined) {
+        ptx::mbarrier_wait(&shared.counters_clear, 0);
+        const Pieces& pieces = shared.pieces;
+        const bool last = item.seq == part.end_seq;
+        split.first_part = last ? pieces.end_seq_first : pieces.begin_seq_first;
+        split.pieces = (last ? pieces.end_seq_last : place.part) - split.first_part + 1;
+        split.helpers = part.one_sequence ? split.pieces + pieces.helpers : split.pieces - 1;
+        split.share = place.part - split.first_part;
       }
-      if (writes) store_stats(args, slot, half, rows.local, max, sum, exponents);
-      // Another kernel combines, or nobody.
-      if (fixed || rehearsal != Rehearsal::kNone) return;
 
-      ptx::mbarrier_wait(&shared.counters_clear, 0);
-      const Pieces& pieces = shared.pieces;
-      const bool last = item.seq == part.end_seq;
-      split.first_part = last ? pieces.end_seq_first : pieces.begin_seq_first;
-      split.pieces = (last ? pieces.end_seq_last : place.part) - split.first_part + 1;
-      split.helpers = part.one_sequence ? split.pieces + pieces.helpers : split.pieces - 1;
-      split.share = place.part - split.first_part;
-      if (writes) announce_partial(args.counters + place.peer(split.first_part));
+      const RowPair sum = add_sums(shared, item);
+      if (whole) store_output(args, place, item, half, output, max, sum);
+      // Of warps with the same rows one writes what their values are relative to, and tells.
+      if (writes && Tile::has_first_columns()) {
+        store_stats<Tile>(args, slot, half, max, sum, exponents);
+        if (combined) announce_partial(args.counters + place.peer(split.first_part));
+      }
     };
     for_each_item(args, part, body, rehearsal);
+    return split;
+  }
+
+  // What the consumer warpgroups do.
+  __device__ __forceinline__ static void consume(const DecodeArgs& args, Shared& shared,
+                                                 const Place& place, int half) {
+    Split split = attend(args, shared, place, half);
     if constexpr (kInChain) return;
+    const Part& part = shared.part;
+    const Rehearsal rehearsal = rehearsal_of(args, part);
 
     // As many shares as sequences of one length would have.
     bool rehearses = rehearsal > Rehearsal::kBlock;
@@ -543,7 +518,7 @@ struct Decode {
       }
       // Whoever goes on to another sequence holds nobody up: only the last item is waited for.
       if (split.share < split.helpers) {
-        combine<T>(args, place, part.end_seq, split, shared.query, rehearses);
+        combine<Tile>(args, place, part.end_seq, split, shared.query, rehearses);
       }
       if (!rehearses) break;
       split.helpers = 0;
@@ -563,12 +538,12 @@ __device__ __forceinline__ void init_mbarriers(Shared& shared) {
   ptx::mbarrier_init_fence();
 }
 
-template <typename T, int kPieces, Form kForm>
+template <typename Tile, int kPieces, Form kForm>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeArgs args,
                   const __grid_constant__ QueryMaps query_maps,
                   const __grid_constant__ CacheMaps cache_maps) {
-  using Kernel = Decode<T, kPieces, kForm>;
+  using Kernel = Decode<Tile, kPieces, kForm>;
   extern __shared__ uint8_t raw_shared[];
   auto& shared =
       *reinterpret_cast<Shared*>(raw_shared + (1024 - ptx::smem_address(raw_shared) % 1024) % 1024);

@@ -12,6 +12,8 @@
 #include "../../../mla.h"
 #include "chain.h"
 #include "kernel.cuh"
+#include "narrow.cuh"
+#include "wide.cuh"
 
 namespace mla {
 namespace {
@@ -57,7 +59,7 @@ cudaError_t make_map(EncodeTiled encode, CUtensorMap* map, const Tensor& x, MlaD
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <typename T, int kPieces, Form kForm>
+template <typename Tile, int kPieces, Form kForm>
 cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
                    cudaStream_t stream) {
   QueryMaps query_maps;
@@ -75,10 +77,10 @@ cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
     last = {p.q_pe, d_k - d_v, rows, 1, b};
   }
   for (int i = 0; i < kTileHeights; ++i) {
-    const int box_rows = query_box_rows(args.rows, i);
-    error = make_map(encode, &query_maps.values[i], values, p.dtype, box_rows, 1);
+    const QueryBox box = query_box(args.rows, i, Tile::kQueryStride, args.query_pieces);
+    error = make_map(encode, &query_maps.values[i], values, p.dtype, box.rows, box.pieces);
     if (error == cudaSuccess && last.n0 > 0) {
-      error = make_map(encode, &query_maps.last[i], last, p.dtype, box_rows, 1);
+      error = make_map(encode, &query_maps.last[i], last, p.dtype, box.rows, 1);
     }
     if (error != cudaSuccess) return error;
   }
@@ -90,7 +92,7 @@ cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
     if (error != cudaSuccess) return error;
   }
 
-  const auto kernel = decode_kernel<T, kPieces, kForm>;
+  const auto kernel = decode_kernel<Tile, kPieces, kForm>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
 
@@ -113,6 +115,7 @@ cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
   error = cudaLaunchKernelEx(&config, kernel, args, query_maps, cache_maps);
   if (error != cudaSuccess || args.fixed_pieces <= 1) return error;
 
+  using T = typename Tile::Element;
   error = cudaFuncSetAttribute(combine_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                kFixedCombineBytes);
   if (error != cudaSuccess) return error;
@@ -122,11 +125,29 @@ cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
   return cudaGetLastError();
 }
 
-template <typename T>
+template <typename Tile, Form kForm>
 cudaError_t dispatch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
                      cudaStream_t stream) {
-  return p.d_k == 576 ? launch<T, 9, Form::kOp>(p, args, ctas, stream)
-                      : launch<T, 8, Form::kOp>(p, args, ctas, stream);
+  if constexpr (kForm == Form::kOp) {
+    if (p.d_k != 576) return launch<Tile, 8, kForm>(p, args, ctas, stream);
+  }
+  return launch<Tile, 9, kForm>(p, args, ctas, stream);
+}
+
+template <typename T, Form kForm>
+cudaError_t dispatch_tile(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
+                          cudaStream_t stream) {
+  // Batch-invariant results are fp16 in pieces, which narrow tiles do not write.
+  return args.rows <= kNarrowRows && args.fixed_pieces == 0
+             ? dispatch<NarrowTile<T>, kForm>(p, args, ctas, stream)
+             : dispatch<WideTile<T>, kForm>(p, args, ctas, stream);
+}
+
+template <Form kForm>
+cudaError_t dispatch_dtype(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
+                           cudaStream_t stream) {
+  return p.dtype == MLA_BF16 ? dispatch_tile<__nv_bfloat16, kForm>(p, args, ctas, stream)
+                             : dispatch_tile<__half, kForm>(p, args, ctas, stream);
 }
 
 // Where partial results go: how many, and the bytes of one.
@@ -174,6 +195,7 @@ DecodeArgs arguments(const MlaDecodeParams& p, int num_sms, int64_t& ctas) {
   args.max_pages_per_seq = p.max_pages_per_seq;
   args.scale_log2 = p.softmax_scale * 1.4426950408889634f;
   args.causal = p.causal != 0;
+  args.query_pieces = static_cast<int>(p.q_pe != nullptr ? p.d_v : p.d_k) / 64;
 
   if (p.batch_invariant) {
     ctas = slots_of(p, num_sms).count;  // one for each piece that there may be
@@ -221,8 +243,7 @@ cudaError_t decode_in_chain(const MlaDecodeParams& p, ChainPieces* pieces, cudaS
   args.partial_stats = stats;
   *pieces = {values, stats, p.cache_seqlens, static_cast<int>(max_tokens(p)), {}};
   std::copy_n(args.grids, kTileHeights, pieces->grids);
-  return p.dtype == MLA_BF16 ? launch<__nv_bfloat16, 9, Form::kChain>(p, args, ctas, stream)
-                             : launch<__half, 9, Form::kChain>(p, args, ctas, stream);
+  return dispatch_dtype<Form::kChain>(p, args, static_cast<int>(ctas), stream);
 }
 
 }  // namespace mla
@@ -258,7 +279,6 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
   args.slot_chunks = slots.bytes / sizeof(uint4);
   args.partial_out = static_cast<uint4*>(p.workspace);
   args.partial_stats = reinterpret_cast<float2*>(args.partial_out + slots.count * args.slot_chunks);
-  return p.dtype == MLA_BF16
-             ? dispatch<__nv_bfloat16>(p, args, ctas, static_cast<cudaStream_t>(stream))
-             : dispatch<__half>(p, args, ctas, static_cast<cudaStream_t>(stream));
+  return dispatch_dtype<Form::kOp>(p, args, static_cast<int>(ctas),
+                                   static_cast<cudaStream_t>(stream));
 }

@@ -17,6 +17,7 @@
 namespace mla {
 
 inline constexpr int kTileRows = 64;       // packed query rows of one CTA
+inline constexpr int kNarrowRows = 16;     // tiles of so many are multiplied with swapped operands
 inline constexpr int kValueColumns = 512;  // d_v; a warpgroup accumulates half of them
 inline constexpr int kHalfColumns = 256;
 inline constexpr int kMaxPieces = 9;  // of 64 columns; the ninth is RoPE's: K only
@@ -39,6 +40,7 @@ struct DecodeArgs {
   bool cooperative;  // pieces of a sequence wait for each other
   bool causal;
   int s_q, h_q;
+  int query_pieces;           // of the queries' first array: all, or RoPE's are in another
   KnownDivisor heads_per_kv;  // G = h_q / h_kv
   float scale_log2;           // softmax_scale * log2(e)
   // Garbage until counters_clear. [CTAs]: pieces written; from kMaxParts on [parts]: pairs of
@@ -79,20 +81,24 @@ struct Place {
 struct Shared {
   uint8_t query[kMaxPieces][wgmma::kPieceBytes];
   // Two blocks of 64 tokens. Once the scores of a block are done its RoPE piece is dead, and the
-  // block's softmax weights take its place.
+  // block's softmax weights take its place; a narrow tile's lie behind its few queries.
   uint8_t cache[2][kMaxPieces][wgmma::kPieceBytes];
   uint64_t query_full;
   uint64_t query_empty;
   uint64_t cache_full[2][kBoxes];
   uint64_t cache_empty[2][2];  // [buffer][half of the value columns]
   float max[2][kTileRows];     // the running maxima after the last block of [buffer]
-  float sum[2][2][kTileRows];  // [item parity][warpgroup]
-  uint64_t counters_clear;     // completes when the grid's counters are zero, and pieces known
+  // [item parity][warpgroup]: sums of a wide tile's rows, or of a narrow one's, four warps' of
+  // each.
+  float4 sum[2][2][kTileRows / 4];
+  float4 tops[2][2][kNarrowRows];  // of a narrow tile: [buffer][parity of its use]
+  uint64_t counters_clear;         // completes when the grid's counters are zero, and pieces known
   Part part;
   Pieces pieces;
   Place place;
 };
 inline constexpr int kWeightsPiece = 8;
+static_assert(kTileRows == 4 * kNarrowRows);
 
 // One map for each height of tiles: of the pieces that are values too, and of the last one.
 struct QueryMaps {
@@ -103,10 +109,19 @@ struct QueryMaps {
 struct CacheMaps {
   CUtensorMap one, two;
 };
-// Rows that are copied into a tile, a multiple of the swizzle's 8; its others hold anything and are
-// never stored.
-__host__ __device__ __forceinline__ int query_box_rows(int rows, int height) {
-  return min((rows + 7) / 8 * 8, tile_height(height));
+// How queries are copied: rows of a box, a multiple of the swizzle's 8, and its pieces. The tile's
+// other rows hold anything and are never stored.
+struct QueryBox {
+  int rows, pieces;
+};
+// `stride` rows are from one piece to the next in shared memory. A box that fills them brings all
+// pieces of an array, `pieces`, at once; else they are copied one by one.
+__host__ __device__ __forceinline__ QueryBox query_box(int rows, int height, int stride,
+                                                       int pieces) {
+  const int box_rows = min((rows + 7) / 8 * 8, tile_height(height));
+  // Where the stride is short, rows past the last cost little.
+  return stride <= kNarrowRows || box_rows == stride ? QueryBox{stride, pieces}
+                                                     : QueryBox{box_rows, 1};
 }
 
 // One sequence (or a piece of it) as one CTA sees it.

@@ -35,7 +35,10 @@ struct PartialFormat;
 template <>
 struct PartialFormat<float> {
   static constexpr int kPairs = 2;  // of a chunk
-  __device__ __forceinline__ static int exponent(const float (&)[128], int) { return 0; }
+  template <int kOutputs>
+  __device__ __forceinline__ static int exponent(const float (&)[kOutputs], int) {
+    return 0;
+  }
   __device__ __forceinline__ static uint4 pack(const float* v, const float (&)[2]) {
     return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
                       __float_as_uint(v[3]));
@@ -97,8 +100,8 @@ __device__ __forceinline__ float2* partial_stats(const DecodeArgs& args, int slo
   return args.partial_stats + (2 * slot + half) * kTileRows + row;
 }
 
-// Warps that write a partial result of `rows` rows, in both halves.
-__device__ __forceinline__ int partial_writers(int rows) { return 2 * ((rows + 15) / 16); }
+// Warps that tell of a partial result of `rows` rows, of both halves.
+__device__ __forceinline__ int partial_tellers(int rows) { return 2 * ((rows + 15) / 16); }
 
 // Of the scales of a thread's two rows.
 struct Exponents {
@@ -106,25 +109,31 @@ struct Exponents {
 };
 
 // Writes the values of one warpgroup.
-template <typename Partial>
+template <typename Partial, typename Tile>
 __device__ __forceinline__ Exponents store_values(const DecodeArgs& args, int slot, int half,
-                                                  const float (&output)[128]) {
+                                                  const float (&output)[Tile::kOutputs]) {
   using Format = PartialFormat<Partial>;
   const Exponents exponents = {Format::exponent(output, 0), Format::exponent(output, 1)};
   const float scale[2] = {power_of_two(-exponents.v[0]), power_of_two(-exponents.v[1])};
-  uint4* dst = partial_chunks(args, slot) + half * kChunks<Partial> * 128 + threadIdx.x % 128;
+  constexpr int kColumns = 4 * Format::kPairs;  // of a chunk
+  // As if each warp had 16 rows.
+  const int thread = Tile::result_row() / 16 * 32 + threadIdx.x % 32;
+  uint4* dst = partial_chunks(args, slot) + half * kChunks<Partial> * 128 +
+               Tile::first_column() / kColumns * 128 + thread;
 #pragma unroll
-  for (int i = 0; i < kChunks<Partial>; ++i) {
+  for (int i = 0; i < Tile::kGroups * 8 / kColumns; ++i) {
     __stcg(dst + i * 128, Format::pack(output + i * 2 * Format::kPairs, scale));
   }
   return exponents;
 }
 
 // Writes what they are relative to.
-__device__ __forceinline__ void store_stats(const DecodeArgs& args, int slot, int half, int row,
+template <typename Tile>
+__device__ __forceinline__ void store_stats(const DecodeArgs& args, int slot, int half,
                                             const RowPair& max, const RowPair& sum,
                                             const Exponents& exponents) {
   if (threadIdx.x % 4 != 0) return;
+  const int row = Tile::result_row();
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     __stcg(partial_stats(args, slot, half, row + 8 * e),
