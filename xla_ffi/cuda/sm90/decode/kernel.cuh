@@ -344,6 +344,7 @@ struct Decode {
       finish(output, &shared.cache_empty[1][1]);
     }
     if (block < item.end) {
+      if (ptx::kRacecheck && Tile::kMeetsTwice) ptx::named_barrier_sync(kWarpgroup + 1, 128);
       follow<0>(shared, rows, state);
       clear_past_end<0, 1>(shared, block, item.tokens);
       rescale(output, state.factor);

@@ -29,6 +29,7 @@ struct NarrowTile {
   static constexpr int kScores = 8, kOutputs = 32, kRows = 4;  // of one thread; rows of scores
   static constexpr int kQueryStride = kNarrowRows;
   static constexpr bool kHalfPartials = false;
+  static constexpr bool kMeetsTwice = true;
   // `max` and `sum` are of the rows of scores, the others of the output's.
   struct State {
     PerRow<kRows> max = {kNegativeInfinity, kNegativeInfinity, kNegativeInfinity,

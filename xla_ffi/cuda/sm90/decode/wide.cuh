@@ -22,6 +22,7 @@ struct WideTile {
   static constexpr int kScores = 32, kOutputs = 128, kRows = 2;
   static constexpr int kQueryStride = kTileRows;  // rows from one piece of queries to the next
   static constexpr bool kHalfPartials = true;     // partial results may be fp16
+  static constexpr bool kMeetsTwice = false;      // a warpgroup, to weigh a block
   // Running maxima and sums of a thread's rows, and what the output's rows are multiplied by next.
   struct State {
     RowPair max = {kNegativeInfinity, kNegativeInfinity}, sum = {0.f, 0.f}, factor;
