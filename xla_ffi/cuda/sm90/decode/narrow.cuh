@@ -49,7 +49,7 @@ struct NarrowTile {
     Mma::rows_64x16(scores, keys, queries, accumulate);
   }
 
-  // output += weights V over one block, at once.
+  // output += weights V over one block, with either warpgroup's weights; done when it returns.
   template <int kBuffer, int kHalf>
   __device__ __forceinline__ static void start_output(Shared& shared, float (&output)[kOutputs]) {
     const int lane = threadIdx.x % 32, row = lane % 16, swizzle = row % 8;
@@ -113,8 +113,7 @@ struct NarrowTile {
   template <int kBuffer>
   __device__ __forceinline__ static void weigh(Shared& shared, int first, float (&scores)[kScores],
                                                Tops tops, float scale, State& state, Weights&) {
-    // All warps' tops are there, and all are done with K's RoPE piece, which the weights overwrite.
-    // The odd warpgroup has met before it followed.
+    // All warps' tops are there. The odd warpgroup has met when it followed.
     if constexpr (kBuffer == 0) ptx::named_barrier_sync(kWarpgroup, 128);
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
@@ -141,8 +140,8 @@ struct NarrowTile {
     if (threadIdx.x % 128 < 32) write_rows(shared.max[kBuffer], state.max);
     ptx::named_barrier_arrive(kBuffer == 0 ? kEvenWeightsReady : kOddWeightsReady,
                               kConsumerThreads);
-    ptx::named_barrier_sync(kWarpgroup + kBuffer,
-                            128);  // this one's products need all of them, too
+    // This warpgroup's products, too, need the weights of all its warps.
+    ptx::named_barrier_sync(kWarpgroup + kBuffer, 128);
     follow_output<kBuffer>(shared, state);
   }
 
@@ -190,7 +189,8 @@ struct NarrowTile {
   }
 
  private:
-  // Weights of a buffer's block, 16 rows x 64 tokens: behind the queries' pieces.
+  // Weights of a buffer's block, 16 rows x 64 tokens: behind the queries' pieces, where no copy
+  // comes, so that no fence must order one after what was written here.
   __device__ __forceinline__ static uint32_t weights_address(Shared& shared, int buffer) {
     return ptx::smem_address(shared.query[0]) + (kMaxPieces + buffer) * kNarrowRows * 128;
   }
