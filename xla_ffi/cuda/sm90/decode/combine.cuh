@@ -346,12 +346,12 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& pla
   };
   if (!half) {
     combine_units<T, float, 1>(c, wait);
-  } else if constexpr (!Tile::kHalfPartials) {
-    // Partial results of low tiles are float.
-  } else if (c.width == 1) {
-    combine_units<T, __half, 1>(c, wait);
-  } else {
-    combine_units<T, __half, kWide>(c, wait);
+  } else if constexpr (Tile::kHalfPartials) {
+    if (c.width == 1) {
+      combine_units<T, __half, 1>(c, wait);
+    } else {
+      combine_units<T, __half, kWide>(c, wait);
+    }
   }
 }
 

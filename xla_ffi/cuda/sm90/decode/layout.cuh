@@ -17,7 +17,7 @@
 namespace mla {
 
 inline constexpr int kTileRows = 64;       // packed query rows of one CTA
-inline constexpr int kNarrowRows = 16;     // tiles of so many are multiplied with swapped operands
+inline constexpr int kNarrowRows = 16;     // the most of a narrow tile, see narrow.cuh
 inline constexpr int kValueColumns = 512;  // d_v; a warpgroup accumulates half of them
 inline constexpr int kHalfColumns = 256;
 inline constexpr int kMaxPieces = 9;  // of 64 columns; the ninth is RoPE's: K only

@@ -101,10 +101,7 @@ struct NarrowTile {
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
       const int i = k / 2 * 4 + k % 2;
-      const float top = over_quads(fmaxf(scores[i], scores[i + 2]), fmaxf);
-      if (threadIdx.x % 32 < 4) {
-        reinterpret_cast<float*>(tops + row(first_row(), k))[threadIdx.x % 128 / 32] = top;
-      }
+      write_own(tops, k, over_quads(fmaxf(scores[i], scores[i + 2]), fmaxf));
     }
     return tops;
   }
@@ -172,10 +169,8 @@ struct NarrowTile {
                                                     const State& state) {
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
-      const float sum = over_quads(state.sum.v[k], [](float a, float b) { return a + b; });
-      if (threadIdx.x % 32 < 4) {
-        reinterpret_cast<float*>(&sums[half][row(first_row(), k)])[threadIdx.x % 128 / 32] = sum;
-      }
+      const auto add = [](float a, float b) { return a + b; };
+      write_own(sums[half], k, over_quads(state.sum.v[k], add));
     }
   }
   __device__ __forceinline__ static RowPair add_sums(const float4 (&sums)[2][kNarrowRows]) {
@@ -201,6 +196,12 @@ struct NarrowTile {
 #pragma unroll
     for (int d = 4; d < 32; d *= 2) v = join(v, __shfl_xor_sync(0xFFFFFFFFu, v, d));
     return v;
+  }
+
+  // Writes what this warp has of a thread's k-th row, on which its quads agree; [row, warp].
+  __device__ __forceinline__ static void write_own(float4* dst, int k, float v) {
+    if (threadIdx.x % 32 >= 4) return;
+    reinterpret_cast<float*>(dst + row(first_row(), k))[threadIdx.x % 128 / 32] = v;
   }
 
   // Writes a number for each row of scores, which a warp's quads agree on.

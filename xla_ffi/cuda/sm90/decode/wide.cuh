@@ -46,15 +46,10 @@ struct WideTile {
   // memory.
   template <int kBuffer, int kHalf>
   __device__ __forceinline__ static void start_output(Shared& shared, float (&output)[kOutputs]) {
-    const uint64_t a = wgmma::row_major_descriptor(shared.cache[kBuffer][kWeightsPiece]);
-    const uint64_t b = wgmma::column_major_descriptor(shared.cache[kBuffer][4 * kHalf]);
-    wgmma::pin(output);
-    wgmma::fence();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      Mma::columns_64x256(output, a + k * wgmma::kRowMajorStep, b + k * wgmma::kColumnMajorStep);
-    }
-    wgmma::commit();
+    const uint64_t weights = wgmma::row_major_descriptor(shared.cache[kBuffer][kWeightsPiece]);
+    start_products<kBuffer, kHalf>(shared, output, [&](int k, uint64_t values) {
+      Mma::columns_64x256(output, weights + k * wgmma::kRowMajorStep, values);
+    });
   }
 
   // The same with this warpgroup's own weights, in registers.
@@ -62,14 +57,9 @@ struct WideTile {
   template <int kBuffer>
   __device__ __forceinline__ static void start_own_output(Shared& shared, const Weights& weights,
                                                           float (&output)[kOutputs]) {
-    const uint64_t b = wgmma::column_major_descriptor(shared.cache[kBuffer][4 * kBuffer]);
-    wgmma::pin(output);
-    wgmma::fence();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      Mma::columns_64x256(output, weights[k], b + k * wgmma::kColumnMajorStep);
-    }
-    wgmma::commit();
+    start_products<kBuffer, kBuffer>(shared, output, [&](int k, uint64_t values) {
+      Mma::columns_64x256(output, weights[k], values);
+    });
   }
 
   __device__ __forceinline__ static void finish_output(float (&output)[kOutputs]) {
@@ -215,6 +205,19 @@ struct WideTile {
       sum.v[k] = even[row(first_row(), k)] + odd[row(first_row(), k)];
     }
     return sum;
+  }
+
+ private:
+  // Starts multiply(k, values) for each 16 tokens k, whose values the descriptor tells.
+  template <int kBuffer, int kHalf, typename Multiply>
+  __device__ __forceinline__ static void start_products(Shared& shared, float (&output)[kOutputs],
+                                                        Multiply&& multiply) {
+    const uint64_t values = wgmma::column_major_descriptor(shared.cache[kBuffer][4 * kHalf]);
+    wgmma::pin(output);
+    wgmma::fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) multiply(k, values + k * wgmma::kColumnMajorStep);
+    wgmma::commit();
   }
 };
 
