@@ -111,6 +111,31 @@ struct Decode {
     }
   }
 
+  // Brings the first boxes of the part's first block to L2 while the part is not known yet, where
+  // it can be foreseen; run by a warp. Of more boxes, all CTAs' would delay each other's first.
+  __device__ static void prefetch_ahead(const DecodeArgs& args, const CacheMaps& maps,
+                                        Shared& shared) {
+    constexpr int kPrefetched = 3;                           // boxes
+    if (args.b == 1 || args.b > kForeseenSequences) return;  // one's part is known soon enough
+    if (args.fixed_pieces > 0 || args.page_size < kBlockTokens) return;
+    const Begin begin = foresee_begin(args.seqlens, args.b, args.max_pages_per_seq * args.page_size,
+                                      blockIdx.x, args.grids);
+    if (begin.seq < 0 || !ptx::elect_one()) return;
+    const KnownDivisor groups = args.grids[0].groups;
+    const int group = blockIdx.x - groups.floor(blockIdx.x) * groups.value;
+    const int kv_head = group - args.h_kv.floor(group) * args.h_kv.value;
+    const int token = begin.block * kBlockTokens;
+    const int page = __ldg(args.block_table + int64_t{begin.seq} * args.max_pages_per_seq +
+                           (token >> args.page_shift));
+    if (shared.copying) return;
+    // Tiles of one block share its boxes.
+    const int tile = args.h_kv.floor(group), tiles = args.h_kv.floor(groups.value);
+#pragma unroll 1
+    for (int box = tile; box < kPrefetched; box += tiles) {
+      ptx::tma_prefetch(&maps.two, token & (args.page_size - 1), 2 * box, kv_head, page);
+    }
+  }
+
   // Waits until all CTAs that go through the same blocks have come to the same pair of them, so
   // that what one brings to L2 serves all. A CTA comes here while its buffers are in use.
   __device__ __forceinline__ static void keep_in_step(Shared& shared, uint32_t* counter,
@@ -567,7 +592,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x % 32 == 0) shared.place = Place::here(args, shared.part.height);
     // The others wait for what this warp has found; it starts to copy at once.
     ptx::named_barrier_sync(kMbarriersReady, 64);
-    ptx::named_barrier_arrive(kStart, kThreads);
+    ptx::named_barrier_arrive(kStart, kThreads - 32);
+    ptx::named_barrier_arrive(kAheadStart, 64);
+    if (!ptx::kRacecheck) shared.copying = true;
   } else {
     if (warp == 0) {
       if (threadIdx.x == 0) init_mbarriers(shared);
@@ -588,7 +615,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x < kConsumerThreads && entry < entries) {
       ptx::prefetch_l2(args.block_table + entry);
     }
-    ptx::named_barrier_sync(kStart, kThreads);
+    if (warp == kAheadWarp) {
+      if (!ptx::kRacecheck) shared.copying = false;
+    } else {
+      ptx::named_barrier_sync(kStart, kThreads - 32);
+    }
   }
 
   // 168 registers a thread at launch; the copiers' go to the others.
@@ -602,16 +633,21 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     } else if (warp == kQueryWarp && ptx::elect_one()) {
       Kernel::produce_queries(args, query_maps, shared, shared.place);
-    } else if (kForm == Form::kChain) {
-      // No counters, no rehearsals.
-    } else if (threadIdx.x == 32 * kCountersWarp && args.cooperative) {
+    } else if (kForm == Form::kOp && threadIdx.x == 32 * kCountersWarp && args.cooperative) {
       shared.pieces = find_pieces(shared.part, args.grids[shared.part.height].parts.value, args.b);
       clear_counters(args, &shared.counters_clear);
-    } else if (threadIdx.x == 32 * kRehearsalWarp &&
-               rehearsal_of(args, shared.part) == Rehearsal::kBlock) {
-      // Whatever is there is the block.
-      ptx::mbarrier_arrive(&shared.query_full);
-      for (uint64_t& full : shared.cache_full[0]) ptx::mbarrier_arrive(&full);
+    } else if (warp == kAheadWarp) {
+      if (kForm == Form::kOp && !ptx::kRacecheck) {
+        Kernel::prefetch_ahead(args, cache_maps, shared);
+        __syncwarp();
+      }
+      ptx::named_barrier_sync(kAheadStart, 64);
+      if (kForm == Form::kOp && threadIdx.x % 32 == 0 &&
+          rehearsal_of(args, shared.part) == Rehearsal::kBlock) {
+        // Whatever is there is the block.
+        ptx::mbarrier_arrive(&shared.query_full);
+        for (uint64_t& full : shared.cache_full[0]) ptx::mbarrier_arrive(&full);
+      }
     }
     __syncwarp();
   } else {

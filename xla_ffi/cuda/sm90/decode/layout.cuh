@@ -93,6 +93,7 @@ struct Shared {
   float4 sum[2][2][kTileRows / 4];
   float4 tops[2][2][kNarrowRows];  // of a narrow tile: [buffer][parity of its use]
   uint64_t counters_clear;         // completes when the grid's counters are zero, and pieces known
+  volatile bool copying;           // a hint, in no order: it is too late to prefetch
   Part part;
   Pieces pieces;
   Place place;
@@ -194,7 +195,7 @@ enum Warp : int {
   kCacheWarp = 8,      // finds the part and copies its blocks
   kQueryWarp = 9,      // copies queries
   kCountersWarp = 10,  // finds the pieces, clears the grid's counters
-  kRehearsalWarp = 11,
+  kAheadWarp = 11,     // prefetches while the part is not known, then rehearses
 };
 
 // Barriers of bar.sync; 0 would be that of __syncthreads.
@@ -207,6 +208,7 @@ enum NamedBarrier : int {
   kMbarriersReady = 7,
   kOthers = 8,             // those whom kMbarriersReady does not concern; for racecheck
   kEvenScoresStarted = 9,  // all products of the even scores are queued
+  kAheadStart = 10,        // kStart of kAheadWarp
 };
 
 }  // namespace mla

@@ -251,14 +251,25 @@ struct Cut {
   }
 };
 
+// The size of packed parts of `b` sequences with so many blocks.
+__device__ __forceinline__ int packed_size(const Grid& grid, int b, int total) {
+  return grid.parts.ceil(total + b * kSequenceOverhead);
+}
+// Aligned parts are better up to this size.
+__device__ __forceinline__ int most_aligned_size(int packed) { return packed + 2 + packed / 16; }
+// Whether packed parts are rounded up to `whole`, where the longest sequence ends. Of millions of
+// sequences that may be too small.
+__device__ __forceinline__ bool rounds_up(int packed, int whole) {
+  return whole >= packed && whole - packed <= 2 + packed / 32;
+}
+
 // Chooses it for `b` sequences, two or more, whose blocks are `total`, the most of one `longest`.
 // pieces_by(divisor) is how many pieces they all have in parts of that size.
 template <typename Pieces>
 __device__ __forceinline__ Cut choose_cut(const Grid& grid, int b, int total, int longest,
                                           Pieces&& pieces_by) {
   const int num_parts = grid.parts.value;
-  const int packed = grid.parts.ceil(total + b * kSequenceOverhead);
-  const int most_aligned = packed + 2 + packed / 16;  // better than packed up to here
+  const int packed = packed_size(grid, b, total), most_aligned = most_aligned_size(packed);
   int aligned = INT32_MAX;  // the smallest size for which the parts suffice, if at most that
   if (b <= num_parts) {
     int low = grid.parts.ceil(total), tried = low;  // for equal lengths that is often it
@@ -276,9 +287,7 @@ __device__ __forceinline__ Cut choose_cut(const Grid& grid, int b, int total, in
   // Packed, and if that costs little, rounded so that sequences of one length end at a cut.
   const int whole =
       Divisor(longest + kSequenceOverhead).ceil(packed) * (longest + kSequenceOverhead);
-  // Of millions of sequences the quotient may be too small.
-  const bool rounds = whole >= packed && whole - packed <= 2 + packed / 32;
-  return {rounds ? whole : packed, kSequenceOverhead};
+  return {rounds_up(packed, whole) ? whole : packed, kSequenceOverhead};
 }
 
 // Writes where a part ends: at the cut `end` of the line, in a sequence whose first block lies at
@@ -374,6 +383,48 @@ __device__ inline void part_of_some(const int32_t* seqlens, int b, int max_token
     }
   }
   __syncwarp();
+}
+
+// Where a part begins.
+struct Begin {
+  int seq, block;
+};
+inline constexpr int kForeseenSequences = 128;
+
+// Where the part of the `cta`-th CTA begins, if 2 to kForeseenSequences sequences have equally many
+// blocks, their tiles are the highest, and the cuts fall alike in all: what find_part() will find,
+// with little to do. Else, and where there is no work, seq is -1. Called by one whole warp.
+__device__ __forceinline__ Begin foresee_begin(const int32_t* seqlens, int b, int max_tokens,
+                                               int cta, const Grid (&grids)[kTileHeights]) {
+  const int lane = threadIdx.x % 32;
+  int fewest = INT32_MAX, most = 0;
+#pragma unroll
+  for (int first = 0; first < kForeseenSequences; first += 32) {
+    const int n = sequence_blocks(sequence_tokens(seqlens, min(first + lane, b - 1), max_tokens));
+    fewest = min(fewest, n);
+    most = max(most, n);
+  }
+  const int blocks = __shfl_sync(0xFFFFFFFFu, most, 0), total = b * blocks;
+  if (!__all_sync(0xFFFFFFFFu, fewest == blocks && most == blocks)) return {-1, 0};
+  if (choose_height(grids, total) != 0) return {-1, 0};
+  const Grid& grid = grids[0];
+  const int part = grid.groups.floor(cta), packed = packed_size(grid, b, total);
+  Begin begin;
+  bool alike;
+  if (b <= grid.parts.value) {
+    const int parts_of_each = Divisor(b).floor(grid.parts.value);
+    const Divisor by_parts(parts_of_each);
+    const int size = by_parts.ceil(blocks);
+    begin.seq = by_parts.floor(part);
+    begin.block = (part - begin.seq * parts_of_each) * without_many_pieces(size, blocks);
+    alike = size <= most_aligned_size(packed);
+  } else {
+    const int seqs_of_each = grid.parts.ceil(b);
+    begin = {part * seqs_of_each, 0};
+    alike = rounds_up(packed, seqs_of_each * (blocks + kSequenceOverhead));
+  }
+  if (!alike || begin.seq >= b || begin.block >= blocks) begin.seq = -1;
+  return begin;
 }
 
 // What find_part() finds for more sequences. A lane's are neighbours: one scan of the lanes' sums
