@@ -64,7 +64,9 @@ def find(library, lengths, rows, h_kv, sms, max_tokens, error):
     tiles, found = (ctypes.c_int64 * 3)(*wanted), []
     for backwards in (False, True):
         parts, pieces = np.zeros(ctas, PART), np.zeros(ctas, PIECES)
-        out = (ctypes.c_void_p(x.ctypes.data) for x in (parts, pieces, groups, counts))
+        begins = np.zeros((ctas, 2), np.int32)
+        arrays = (parts, pieces, groups, counts, begins)
+        out = (ctypes.c_void_p(x.ctypes.data) for x in arrays)
         arguments = (ints(lengths), len(lengths), max_tokens, tiles, ctas, error, backwards)
         library.find_parts(*arguments, *out)
         found.append(parts)
@@ -77,17 +79,26 @@ def find(library, lengths, rows, h_kv, sms, max_tokens, error):
     lower = [i for i in (1, 2) if wanted[i - 1] < wanted[i] <= ctas]
     costs = {i: -(-total // (ctas // wanted[i])) + (4 >> i) for i in (0, *lower)}
     assert costs[height] <= min(costs.values()) + 2
+    # What is prefetched ahead is what the part begins with.
+    foreseen = begins[:, 0] >= 0
+    known = parts[foreseen]
+    assert (known["begin_seq"] <= known["end_seq"]).all()
+    assert (begins[foreseen, 0] == known["begin_seq"]).all()
+    assert (begins[foreseen, 1] == known["begin_block"]).all()
+    assert height == 0 or not foreseen.any()
+    if foreseen.any():
+        assert (foreseen == (parts["begin_seq"] <= parts["end_seq"])).all()
     # CTAs that go through the same blocks agree; those that are left over have nothing.
     used, left = parts[: num * count].reshape(num, count), parts[num * count :]
     assert (used == used[:, :1]).all()
     assert (left["end_seq"] < left["begin_seq"]).all()
     assert (left["helper"] < 0).all()
-    return used[:, 0], pieces[: num * count : count]
+    return used[:, 0], pieces[: num * count : count], foreseen.any()
 
 
 def check(library, lengths, *, rows=16, h_kv=1, sms=132, max_tokens=1 << 20, error=0):
     """Asserts what the CTAs rely on; returns the blocks of each part."""
-    parts, pieces = find(library, lengths, rows, h_kv, sms, max_tokens, error)
+    parts, pieces, _ = find(library, lengths, rows, h_kv, sms, max_tokens, error)
     tokens, blocks = blocks_of(lengths, max_tokens)
 
     done, holders, works = [0] * len(lengths), [[] for _ in lengths], []
@@ -191,9 +202,19 @@ def test_the_shapes_of_the_benchmark(library, b, s_k, h_q):
     assert max(works) <= max(1.15 * equal, equal + 4)
 
 
+@pytest.mark.parametrize("rows", [16, 64, 128])
+@pytest.mark.parametrize("b", [16, 64, 128])
+def test_equal_lengths_are_foreseen(library, b, rows):
+    """Also where they differ within a block; not where one has a block more."""
+    lengths = np.random.default_rng(0).integers(4033, 4097, b)
+    assert find(library, lengths.tolist(), rows, 1, 132, 1 << 20, 0)[2]
+    lengths[b // 2] += BLOCK
+    assert not find(library, lengths.tolist(), rows, 1, 132, 1 << 20, 0)[2]
+
+
 @pytest.mark.parametrize(("lengths", "s_q", "h_q"), shapes.IN_STEP)
 def test_parts_are_long_where_tiles_are_to_keep_in_step(library, lengths, s_q, h_q):
-    parts, _ = find(library, lengths, s_q * h_q, 1, 132, 1 << 20, 0)
+    parts, _, _ = find(library, lengths, s_q * h_q, 1, 132, 1 << 20, 0)
     assert len(parts) == 2
     assert (parts["size"] > library.long_part()).all()
 

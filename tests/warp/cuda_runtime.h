@@ -98,6 +98,10 @@ inline int __shfl_up_sync(unsigned, int v, int delta) {
   return static_cast<int>(all[warp::current >= delta ? warp::current - delta : warp::current]);
 }
 inline int __shfl_sync(unsigned, int v, int lane) { return static_cast<int>(warp::meet(v)[lane]); }
+inline bool __all_sync(unsigned, bool v) {
+  const int64_t* all = warp::meet(v);
+  return std::all_of(all, all + warp::kLanes, [](int64_t x) { return x != 0; });
+}
 inline void __syncwarp() { warp::meet(0); }
 
 inline int32_t __ldg(const int32_t* p) { return *p; }

@@ -19,10 +19,12 @@ inline float reciprocal_approx(float x) {
 #include "../../xla_ffi/cuda/sm90/decode/schedule.cuh"
 
 // What CTAs find, `num_ctas` of them, given the groups of each height of tiles; of those heights
-// too the groups and parts of the grid. Lanes take their turns in order, or the other way round.
+// too the groups and parts of the grid; and what CTAs foresee. Lanes take their turns in order, or
+// the other way round.
 extern "C" void find_parts(const int32_t* seqlens, int b, int max_tokens, const int64_t* groups,
                            int num_ctas, int reciprocal_error, bool reversed, mla::Part* parts,
-                           mla::Pieces* pieces, int* grid_groups, int* grid_parts) {
+                           mla::Pieces* pieces, int* grid_groups, int* grid_parts,
+                           mla::Begin* begins) {
   warp::reversed = reversed;
   mla::ptx::reciprocal_error = reciprocal_error;
   mla::Grid grids[mla::kTileHeights];
@@ -33,6 +35,12 @@ extern "C" void find_parts(const int32_t* seqlens, int b, int max_tokens, const 
   }
   for (int cta = 0; cta < num_ctas; ++cta) {
     warp::run([&] { mla::find_part(seqlens, b, max_tokens, cta, grids, &parts[cta]); });
+    warp::run([&] {
+      const mla::Begin begin = b > 1 && b <= mla::kForeseenSequences
+                                   ? mla::foresee_begin(seqlens, b, max_tokens, cta, grids)
+                                   : mla::Begin{-1, 0};
+      if (threadIdx.x == 0) begins[cta] = begin;
+    });
     pieces[cta] = mla::find_pieces(parts[cta], grid_parts[parts[cta].height], b);
   }
 }

@@ -412,12 +412,11 @@ __device__ __forceinline__ Begin foresee_begin(const int32_t* seqlens, int b, in
   Begin begin;
   bool alike;
   if (b <= grid.parts.value) {
-    const int parts_of_each = Divisor(b).floor(grid.parts.value);
-    const Divisor by_parts(parts_of_each);
-    const int size = by_parts.ceil(blocks);
-    begin.seq = by_parts.floor(part);
-    begin.block = (part - begin.seq * parts_of_each) * without_many_pieces(size, blocks);
-    alike = size <= most_aligned_size(packed);
+    const int aligned = Divisor(Divisor(b).floor(grid.parts.value)).ceil(blocks);
+    const int size = without_many_pieces(aligned, blocks), pieces = Divisor(size).ceil(blocks);
+    begin.seq = Divisor(pieces).floor(part);
+    begin.block = (part - begin.seq * pieces) * size;
+    alike = aligned <= most_aligned_size(packed);
   } else {
     const int seqs_of_each = grid.parts.ceil(b);
     begin = {part * seqs_of_each, 0};
