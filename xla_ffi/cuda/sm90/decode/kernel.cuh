@@ -118,8 +118,9 @@ struct Decode {
     constexpr int kPrefetched = 3;                           // boxes
     if (args.b == 1 || args.b > kForeseenSequences) return;  // one's part is known soon enough
     if (args.fixed_pieces > 0 || args.page_size < kBlockTokens) return;
-    const Begin begin = foresee_begin(args.seqlens, args.b, args.max_pages_per_seq * args.page_size,
-                                      blockIdx.x, args.grids);
+    const int max_tokens = args.max_pages_per_seq * args.page_size;
+    if (max_tokens == 0) return;  // else even an empty sequence's first entry can be read
+    const Begin begin = foresee_begin(args.seqlens, args.b, max_tokens, blockIdx.x, args.grids);
     if (begin.seq < 0 || !ptx::elect_one()) return;
     const KnownDivisor groups = args.grids[0].groups;
     const int group = blockIdx.x - groups.floor(blockIdx.x) * groups.value;
