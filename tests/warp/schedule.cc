@@ -36,9 +36,7 @@ extern "C" void find_parts(const int32_t* seqlens, int b, int max_tokens, const 
   for (int cta = 0; cta < num_ctas; ++cta) {
     warp::run([&] { mla::find_part(seqlens, b, max_tokens, cta, grids, &parts[cta]); });
     warp::run([&] {
-      const mla::Begin begin = b > 1 && b <= mla::kForeseenSequences
-                                   ? mla::foresee_begin(seqlens, b, max_tokens, cta, grids)
-                                   : mla::Begin{-1, 0};
+      const mla::Begin begin = mla::foresee_begin(seqlens, b, max_tokens, cta, grids);
       if (threadIdx.x == 0) begins[cta] = begin;
     });
     pieces[cta] = mla::find_pieces(parts[cta], grid_parts[parts[cta].height], b);

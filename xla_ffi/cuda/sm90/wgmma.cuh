@@ -92,8 +92,9 @@ __device__ __forceinline__ void pin(float (&registers)[kCount]) {
   MLA_ACCUMULATORS_32(0), MLA_ACCUMULATORS_32(32), MLA_ACCUMULATORS_32(64), MLA_ACCUMULATORS_32(96)
 
 // The products of one element type:
-//   rows_64x64      d[64 x 64] (+)= A[64 x 16] B[64 x 16]^T, both row-major in shared memory
-//   rows_64x16      d[64 x 16] (+)= A[64 x 16] B[16 x 16]^T, likewise
+//   rows_64x64      d[64 x 64] (+)= A[64 x 16] B[64 x 16]^T, A row-major in shared memory or in
+//                   registers, B row-major in shared memory
+//   rows_64x16      d[64 x 16] (+)= A[64 x 16] B[16 x 16]^T, both row-major in shared memory
 //   columns_64x256  d[64 x 256] += A[64 x 16] B[16 x 256], A row-major in shared memory or in
 //                   registers, B column-major in shared memory
 //   warp_16x8       d[16 x 8] += A[16 x 16] B[16 x 8], of one warp and at once, all in registers
@@ -115,6 +116,16 @@ struct Mma;
           "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                                       \
           : MLA_ACCUMULATORS_32(0)                                                                 \
           : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                    \
+    }                                                                                              \
+    __device__ __forceinline__ static void rows_64x64(float (&d)[32], const uint32_t (&a)[4],      \
+                                                      uint64_t b, bool accumulate) {               \
+      asm volatile(                                                                                \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                             \
+          "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" MLA_REGISTERS_32        \
+          "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"                                         \
+          : MLA_ACCUMULATORS_32(0)                                                                 \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                                    \
+            "r"(static_cast<int>(accumulate)));                                                    \
     }                                                                                              \
     __device__ __forceinline__ static void rows_64x16(float (&d)[8], uint64_t a, uint64_t b,       \
                                                       bool accumulate) {                           \

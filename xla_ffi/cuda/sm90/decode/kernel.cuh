@@ -26,6 +26,8 @@
 
 namespace mla {
 
+inline constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;  // of a thread
+
 // What the kernel is launched as.
 enum class Form {
   kOp,     // the whole op
@@ -37,7 +39,10 @@ template <typename Tile, int kPieces, Form kForm>
 struct Decode {
   using T = typename Tile::Element;
   using State = typename Tile::State;
+  using HeldQueries = typename Tile::HeldQueries;
   static constexpr bool kInChain = kForm == Form::kChain;
+  static constexpr int kConsumerRegisters = kInChain ? 224 : 232;
+  static constexpr int kCopierRegisters = 3 * kLaunchRegisters - 2 * kConsumerRegisters;
   static constexpr int kBlockShift = 6;                // log2 of the tokens of a block
   static constexpr int kMaxPages = kBlockTokens / 16;  // of a block, with the smallest pages
 
@@ -73,7 +78,7 @@ struct Decode {
   // are. `pages` are the block's; past the end none: zeros.
   template <int kBuffer, int kPages>
   __device__ __forceinline__ static void copy_block(const DecodeArgs& args, const CacheMaps& maps,
-                                                    Shared& shared, const Place& place, int block,
+                                                    Shared& shared, int kv_head, int block,
                                                     const int (&pages)[kPages], uint32_t& uses,
                                                     uint64_t policy, bool early) {
     const int row = block * kBlockTokens & (args.page_size - 1);
@@ -95,7 +100,7 @@ struct Decode {
       ptx::mbarrier_arrive_expect_tx(full, (end - first) * wgmma::kPieceBytes);
       if constexpr (kPages == 1) {
         ptx::tma_load(shared.cache[kBuffer][first], box == kBoxes - 1 ? &maps.one : &maps.two, full,
-                      0, row, first, place.kv_head, pages[0], policy);
+                      0, row, first, kv_head, pages[0], policy);
       } else {
         // A page's tokens are not all of a piece: one copy for each page and piece.
 #pragma unroll 1
@@ -104,7 +109,7 @@ struct Decode {
           for (int c = 0; c < kPages; ++c) {
             if (c << args.page_shift >= kBlockTokens) break;
             ptx::tma_load(shared.cache[kBuffer][piece] + (c << args.page_shift) * 128, &maps.one,
-                          full, 0, 0, piece, place.kv_head, pages[c], policy);
+                          full, 0, 0, piece, kv_head, pages[c], policy);
           }
         }
       }
@@ -115,8 +120,7 @@ struct Decode {
   // it can be foreseen; run by a warp. Of more boxes, all CTAs' would delay each other's first.
   __device__ static void prefetch_ahead(const DecodeArgs& args, const CacheMaps& maps,
                                         Shared& shared) {
-    constexpr int kPrefetched = 3;                           // boxes
-    if (args.b == 1 || args.b > kForeseenSequences) return;  // one's part is known soon enough
+    constexpr int kPrefetched = 3;  // boxes
     if (args.fixed_pieces > 0 || args.page_size < kBlockTokens) return;
     const int max_tokens = args.max_pages_per_seq * args.page_size;
     if (max_tokens == 0) return;  // else even an empty sequence's first entry can be read
@@ -151,8 +155,10 @@ struct Decode {
   // bounds the kernel's: what a copy needs is known before.
   template <int kPages>
   __device__ static void produce_cache(const DecodeArgs& args, const CacheMaps& maps,
-                                       Shared& shared, Place place) {
-    const Part part = shared.part;                                  // one wait for all of it
+                                       Shared& shared) {
+    const Part& part = shared.part;
+    const Place& place = shared.place;
+    const int kv_head = place.kv_head;
     const int shift = kPages == 1 ? kBlockShift : args.page_shift;  // log2 of a copy's tokens
     // With more than two tiles to a block, half of the lines stay for those that come late.
     const uint64_t policy =
@@ -182,18 +188,21 @@ struct Decode {
       const auto wait_for = [&](int block) {
         if (kInChain && block == last_block) ptx::grid_dependency_wait();
       };
-      int even[kPages], odd[kPages];  // pages of the next blocks for the two buffers
-      find_pages(item.begin, even);
-      find_pages(item.begin + 1, odd);
+      // Pages of the next two blocks, or of the next one where registers are short.
+      constexpr int kAhead = kPages == 1 ? 2 : 1;
+      int pages[kAhead][kPages];
+      int(&even)[kPages] = pages[0], (&odd)[kPages] = pages[kAhead - 1];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) find_pages(item.begin + i, pages[i]);
 #pragma unroll 1
       for (int block = item.begin; block < item.end; block += 2) {
         wait_for(block);
-        copy_block<0>(args, maps, shared, place, block, even, uses[0], policy, early);
-        find_pages(block + 2, even);
+        copy_block<0>(args, maps, shared, kv_head, block, even, uses[0], policy, early);
+        find_pages(block + kAhead, even);
         if (block + 1 == item.end) break;
         wait_for(block + 1);
-        copy_block<1>(args, maps, shared, place, block + 1, odd, uses[1], policy, early);
-        find_pages(block + 3, odd);
+        copy_block<1>(args, maps, shared, kv_head, block + 1, odd, uses[1], policy, early);
+        find_pages(block + 1 + kAhead, odd);
         if (in_step) {
           keep_in_step(shared, args.counters + kMaxParts + place.part, come += place.groups);
         }
@@ -228,12 +237,11 @@ struct Decode {
   // Starts scores = Q K^T, piece by piece as they arrive.
   template <int kBuffer>
   __device__ __forceinline__ static void start_scores(Shared& shared, uint32_t parity,
-                                                      const Item& item, int block,
+                                                      const HeldQueries& held,
                                                       float (&scores)[Tile::kScores]) {
     const uint64_t queries = wgmma::row_major_descriptor(shared.query[0]);
     const uint64_t keys = wgmma::row_major_descriptor(shared.cache[kBuffer][0]);
     wgmma::pin(scores);
-    if (block < item.begin + 2) ptx::mbarrier_wait(&shared.query_full, item.parity);
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int box = box_in_order(kBuffer, i / 2), piece = 2 * box + i % 2;
@@ -242,8 +250,15 @@ struct Decode {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int step = k * wgmma::kRowMajorStep;
-        Tile::multiply_scores(scores, queries + piece * (Tile::kQueryStride * 128 >> 4) + step,
-                              keys + piece * (wgmma::kPieceBytes >> 4) + step, i + k > 0);
+        const uint64_t key = keys + piece * (wgmma::kPieceBytes >> 4) + step;
+        if constexpr (Tile::kHoldsQueries) {
+          if (piece == kPieces - 1) {
+            Tile::multiply_scores(scores, held[k], key, i + k > 0);
+            continue;
+          }
+        }
+        Tile::multiply_scores(scores, queries + piece * (Tile::kQueryStride * 128 >> 4) + step, key,
+                              i + k > 0);
       }
     }
     wgmma::commit();
@@ -304,7 +319,7 @@ struct Decode {
   // Accumulates the even warpgroup's half of the output over the blocks of an item.
   __device__ __forceinline__ static void consume_even(const DecodeArgs& args, Shared& shared,
                                                       const Item& item, const Rows& rows,
-                                                      uint32_t& uses,
+                                                      const HeldQueries& held, uint32_t& uses,
                                                       float (&output)[Tile::kOutputs],
                                                       State& state) {
     typename Tile::Weights weights;
@@ -312,7 +327,7 @@ struct Decode {
     int block = item.begin;
     for (; block + 1 < item.end; block += 2) {
       const uint32_t parity = uses++ & 1;
-      start_scores<0>(shared, parity, item, block, scores);
+      start_scores<0>(shared, parity, held, scores);
       ptx::named_barrier_arrive(kEvenScoresStarted, kConsumerThreads);
       const auto tops = finish_scores<0>(args, shared, parity, item, rows, block, scores);
       weigh<0>(args, shared, rows, scores, tops, state, weights);
@@ -328,7 +343,7 @@ struct Decode {
     }
     if (block < item.end) {
       const uint32_t parity = uses++ & 1;
-      start_scores<0>(shared, parity, item, block, scores);
+      start_scores<0>(shared, parity, held, scores);
       const auto tops = finish_scores<0>(args, shared, parity, item, rows, block, scores);
       weigh<0>(args, shared, rows, scores, tops, state, weights);
       clear_past_end<0, 0>(shared, block, item.tokens);
@@ -344,7 +359,7 @@ struct Decode {
   // The odd warpgroup's half.
   __device__ __forceinline__ static void consume_odd(const DecodeArgs& args, Shared& shared,
                                                      const Item& item, const Rows& rows,
-                                                     uint32_t& uses,
+                                                     const HeldQueries& held, uint32_t& uses,
                                                      float (&output)[Tile::kOutputs],
                                                      State& state) {
     typename Tile::Weights weights;
@@ -355,7 +370,7 @@ struct Decode {
       // softmax.
       ptx::named_barrier_sync(kEvenScoresStarted, kConsumerThreads);
       const uint32_t parity = uses++ & 1;
-      start_scores<1>(shared, parity, item, block + 1, scores);
+      start_scores<1>(shared, parity, held, scores);
       // The largest scores while the even weights are not there yet.
       const auto tops = finish_scores<1>(args, shared, parity, item, rows, block + 1, scores);
       follow<0>(shared, rows, state);
@@ -460,10 +475,15 @@ struct Decode {
       float output[Tile::kOutputs];
 #pragma unroll
       for (float& v : output) v = 0.f;
+      HeldQueries held;
+      if (item.begin < item.end) {
+        ptx::mbarrier_wait(&shared.query_full, item.parity);
+        if constexpr (Tile::kHoldsQueries) Tile::hold_queries(shared.query[kPieces - 1], held);
+      }
       if (half == 0) {
-        consume_even(args, shared, item, rows, uses, output, state);
+        consume_even(args, shared, item, rows, held, uses, output, state);
       } else {
-        consume_odd(args, shared, item, rows, uses, output, state);
+        consume_odd(args, shared, item, rows, held, uses, output, state);
       }
       if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.query_empty);
       const RowPair max = Tile::result_max(state);
@@ -623,14 +643,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
 
-  // 168 registers a thread at launch; the copiers' go to the others.
   if (warpgroup == 2) {
-    ptx::registers_shrink<56>();
+    ptx::registers_shrink<Kernel::kCopierRegisters>();
     if (warp == kCacheWarp && ptx::elect_one()) {
       if (args.page_size < kBlockTokens) {
-        Kernel::template produce_cache<Kernel::kMaxPages>(args, cache_maps, shared, shared.place);
+        Kernel::template produce_cache<Kernel::kMaxPages>(args, cache_maps, shared);
       } else {
-        Kernel::template produce_cache<1>(args, cache_maps, shared, shared.place);
+        Kernel::template produce_cache<1>(args, cache_maps, shared);
       }
     } else if (warp == kQueryWarp && ptx::elect_one()) {
       Kernel::produce_queries(args, query_maps, shared, shared.place);
@@ -652,7 +671,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncwarp();
   } else {
-    ptx::registers_grow<224>();
+    ptx::registers_grow<Kernel::kConsumerRegisters>();
     Kernel::consume(args, shared, shared.place, warpgroup);
   }
 }

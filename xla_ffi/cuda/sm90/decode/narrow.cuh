@@ -44,6 +44,9 @@ struct NarrowTile {
 
   // ---- Products ----
 
+  static constexpr bool kHoldsQueries = false;
+  struct HeldQueries {};  // the scores' right operand must be in shared memory
+
   __device__ __forceinline__ static void multiply_scores(float (&scores)[kScores], uint64_t queries,
                                                          uint64_t keys, bool accumulate) {
     Mma::rows_64x16(scores, keys, queries, accumulate);

@@ -385,47 +385,6 @@ __device__ inline void part_of_some(const int32_t* seqlens, int b, int max_token
   __syncwarp();
 }
 
-// Where a part begins.
-struct Begin {
-  int seq, block;
-};
-inline constexpr int kForeseenSequences = 128;
-
-// Where the part of the `cta`-th CTA begins, if 2 to kForeseenSequences sequences have equally many
-// blocks, their tiles are the highest, and the cuts fall alike in all: what find_part() will find,
-// with little to do. Else, and where there is no work, seq is -1. Called by one whole warp.
-__device__ __forceinline__ Begin foresee_begin(const int32_t* seqlens, int b, int max_tokens,
-                                               int cta, const Grid (&grids)[kTileHeights]) {
-  const int lane = threadIdx.x % 32;
-  int fewest = INT32_MAX, most = 0;
-#pragma unroll
-  for (int first = 0; first < kForeseenSequences; first += 32) {
-    const int n = sequence_blocks(sequence_tokens(seqlens, min(first + lane, b - 1), max_tokens));
-    fewest = min(fewest, n);
-    most = max(most, n);
-  }
-  const int blocks = __shfl_sync(0xFFFFFFFFu, most, 0), total = b * blocks;
-  if (!__all_sync(0xFFFFFFFFu, fewest == blocks && most == blocks)) return {-1, 0};
-  if (choose_height(grids, total) != 0) return {-1, 0};
-  const Grid& grid = grids[0];
-  const int part = grid.groups.floor(cta), packed = packed_size(grid, b, total);
-  Begin begin;
-  bool alike;
-  if (b <= grid.parts.value) {
-    const int aligned = Divisor(Divisor(b).floor(grid.parts.value)).ceil(blocks);
-    const int size = without_many_pieces(aligned, blocks), pieces = Divisor(size).ceil(blocks);
-    begin.seq = Divisor(pieces).floor(part);
-    begin.block = (part - begin.seq * pieces) * size;
-    alike = aligned <= most_aligned_size(packed);
-  } else {
-    const int seqs_of_each = grid.parts.ceil(b);
-    begin = {part * seqs_of_each, 0};
-    alike = rounds_up(packed, seqs_of_each * (blocks + kSequenceOverhead));
-  }
-  if (!alike || begin.seq >= b || begin.block >= blocks) begin.seq = -1;
-  return begin;
-}
-
 // What find_part() finds for more sequences. A lane's are neighbours: one scan of the lanes' sums
 // says where all of them lie.
 __device__ inline void part_of_many(const int32_t* seqlens, int b, int max_tokens, int cta,
@@ -522,6 +481,49 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
   } else {
     part_of_many(seqlens, b, max_tokens, cta, grids, result);
   }
+}
+
+// Where a part begins.
+struct Begin {
+  int seq, block;
+};
+inline constexpr int kForeseenSequences = 128;
+
+// Where the part of the `cta`-th CTA begins, if 2 to kForeseenSequences sequences have equally many
+// blocks, their tiles are the highest, and the cuts fall alike in all: what find_part() will find,
+// with little to do. Else, and where there is no work, seq is -1. (The part of one sequence is
+// known as soon.) Called by one whole warp.
+__device__ __forceinline__ Begin foresee_begin(const int32_t* seqlens, int b, int max_tokens,
+                                               int cta, const Grid (&grids)[kTileHeights]) {
+  if (b == 1 || b > kForeseenSequences) return {-1, 0};
+  const int lane = threadIdx.x % 32;
+  int fewest = INT32_MAX, most = 0;
+#pragma unroll
+  for (int first = 0; first < kForeseenSequences; first += 32) {
+    const int n = sequence_blocks(sequence_tokens(seqlens, min(first + lane, b - 1), max_tokens));
+    fewest = min(fewest, n);
+    most = max(most, n);
+  }
+  const int blocks = __shfl_sync(0xFFFFFFFFu, most, 0), total = b * blocks;
+  if (!__all_sync(0xFFFFFFFFu, fewest == blocks && most == blocks)) return {-1, 0};
+  if (choose_height(grids, total) != 0) return {-1, 0};
+  const Grid& grid = grids[0];
+  const int part = grid.groups.floor(cta), packed = packed_size(grid, b, total);
+  Begin begin;
+  bool alike;
+  if (b <= grid.parts.value) {
+    const int aligned = Divisor(Divisor(b).floor(grid.parts.value)).ceil(blocks);
+    const int size = without_many_pieces(aligned, blocks), pieces = Divisor(size).ceil(blocks);
+    begin.seq = Divisor(pieces).floor(part);
+    begin.block = (part - begin.seq * pieces) * size;
+    alike = aligned <= most_aligned_size(packed);
+  } else {
+    const int seqs_of_each = grid.parts.ceil(b);
+    begin = {part * seqs_of_each, 0};
+    alike = rounds_up(packed, seqs_of_each * (blocks + kSequenceOverhead));
+  }
+  if (!alike || begin.seq >= b || begin.block >= blocks) begin.seq = -1;
+  return begin;
 }
 
 // Called by one thread.
