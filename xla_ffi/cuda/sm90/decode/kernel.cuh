@@ -26,8 +26,6 @@
 
 namespace mla {
 
-inline constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;  // of a thread
-
 // What the kernel is launched as.
 enum class Form {
   kOp,     // the whole op
@@ -41,6 +39,8 @@ struct Decode {
   using State = typename Tile::State;
   using HeldQueries = typename Tile::HeldQueries;
   static constexpr bool kInChain = kForm == Form::kChain;
+  // Of a thread; a chain's copiers need more of what is there at launch.
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kConsumerRegisters = kInChain ? 224 : 232;
   static constexpr int kCopierRegisters = 3 * kLaunchRegisters - 2 * kConsumerRegisters;
   static constexpr int kBlockShift = 6;                // log2 of the tokens of a block
@@ -156,7 +156,7 @@ struct Decode {
   template <int kPages>
   __device__ static void produce_cache(const DecodeArgs& args, const CacheMaps& maps,
                                        Shared& shared) {
-    const Part& part = shared.part;
+    const Part part = shared.part;  // one wait for all of it
     const Place& place = shared.place;
     const int kv_head = place.kv_head;
     const int shift = kPages == 1 ? kBlockShift : args.page_shift;  // log2 of a copy's tokens
@@ -188,7 +188,7 @@ struct Decode {
       const auto wait_for = [&](int block) {
         if (kInChain && block == last_block) ptx::grid_dependency_wait();
       };
-      // Pages of the next two blocks, or of the next one where registers are short.
+      // Pages of the next two blocks, or of the next one where they are many: for registers' sake.
       constexpr int kAhead = kPages == 1 ? 2 : 1;
       int pages[kAhead][kPages];
       int(&even)[kPages] = pages[0], (&odd)[kPages] = pages[kAhead - 1];
@@ -476,7 +476,7 @@ struct Decode {
 #pragma unroll
       for (float& v : output) v = 0.f;
       HeldQueries held;
-      if (item.begin < item.end) {
+      if (item.begin < item.end) {  // always, but where a result is rehearsed
         ptx::mbarrier_wait(&shared.query_full, item.parity);
         if constexpr (Tile::kHoldsQueries) Tile::hold_queries(shared.query[kPieces - 1], held);
       }
