@@ -68,7 +68,9 @@ def capture(call: Callable[[int], Any], calls: int) -> tuple[Any, list[Any]]:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A thread of XLA's asks its streams for their state every now and then. By default CUDA forbids
+    # that to all threads while one captures, and XLA takes the refusal for the streams' end.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         results = [call(i) for i in range(calls)]
     return graph, results
 
