@@ -54,15 +54,11 @@ struct WideTile {
     for (int i = 0; i < 4; ++i) ptx::load_matrix_x4(held[i], fragment_address(piece, i));
   }
 
-  // scores (+)= Q K^T over 16 columns; operands are descriptors, or queries that are held.
-  __device__ __forceinline__ static void multiply_scores(float (&scores)[kScores], uint64_t queries,
-                                                         uint64_t keys, bool accumulate) {
-    Mma::rows_64x64(scores, queries, keys, accumulate);
-  }
-
+  // scores (+)= Q K^T over 16 columns; operands are descriptors, or queries held as fragments.
+  template <typename Queries>
   __device__ __forceinline__ static void multiply_scores(float (&scores)[kScores],
-                                                         const uint32_t (&queries)[4],
-                                                         uint64_t keys, bool accumulate) {
+                                                         const Queries& queries, uint64_t keys,
+                                                         bool accumulate) {
     Mma::rows_64x64(scores, queries, keys, accumulate);
   }
 
