@@ -115,7 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--model", choices=cases.MODELS, help="decode steps of a model")
     add("--varlen", action="store_true", help="lengths that differ, s_k on average")
     add("--compare", nargs=2, metavar=("A", "B"), help="add how many times as fast as B A is")
-    add("--implementations", nargs="+", metavar="NAME", help="ours and peers; default: all")
+    what = "ours and peers; default: all; ffi-invariant is ffi with batch_invariant=True"
+    add("--implementations", nargs="+", metavar="NAME", help=what)
     add("--rounds", type=int, default=7, metavar="N", help="of which the median counts; default 7")
     add("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
     add("--out", type=Path, metavar="FOLDER", help="write results.json and pictures there")

@@ -250,6 +250,21 @@ def test_a_right_implementation_passes():
     assert row.results["xla"].correct
 
 
+def test_batch_invariant_calls_have_a_name_of_their_own(monkeypatch):
+    asked = []
+
+    def call(*arrays, **options):
+        asked.append((options["implementation"], options["batch_invariant"]))
+        return decode.flash_mla_with_kvcache(*arrays, **options)
+
+    monkeypatch.setattr(op, "flash_mla_with_kvcache", call)
+    names = ["xla-invariant", "xla"]
+    found = _run(implementations=names, compare=names)
+    assert found.ours == ("xla", "xla-invariant")
+    assert found.rows[0].speedup(*names) is not None
+    assert set(asked) == {("xla", False), ("xla", True)}
+
+
 @pytest.mark.parametrize("mistake", ["scale", "causal", "lost", "nan"])
 def test_a_wrong_implementation_is_caught(mistake, monkeypatch):
     right = op._op
@@ -451,3 +466,4 @@ def test_wrong_arguments_of_the_command_line(capsys):
 def test_all_of_ours_are_measured_by_default():
     assert op.variant_names() == (*decode._IMPLEMENTATIONS, *peers.PEERS)
     assert op.variant_names(["fa3", "xla"]) == ("xla", "fa3")
+    assert op.variant_names(["fa3", "ffi-invariant", "ffi"]) == ("ffi", "ffi-invariant", "fa3")

@@ -35,6 +35,7 @@ BOUNDS = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 2e-3}
 # small: that favours `xla`.
 _MAX_CALLS = {"xla": 1}
 _SLOWER = {"xla": 40}  # times a fused kernel's time, as it comes out for most shapes
+INVARIANT = "-invariant"  # behind the name of one of ours: called with batch_invariant=True
 
 Tick = Callable[[str], None]
 Programs = dict[tuple[Shape, str], Any]
@@ -132,14 +133,19 @@ class Report:
 
 
 def variant_names(implementations: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Returns the names to measure, ours first; all there are by default.
+    """Returns the names to measure, ours first.
+
+    Args:
+        implementations: some of ours, of the peers, and of ours with "-invariant" behind their
+            names, which are called with `batch_invariant=True`; by default all but the last.
 
     Raises:
         ValueError: a name is unknown or there is none.
     """
-    known = (*check_implementation(None), *PEERS)
+    ours = check_implementation(None)
+    known = (*ours, *(name + INVARIANT for name in ours), *PEERS)
     if implementations is None:
-        return known
+        return (*ours, *PEERS)
     unknown = [name for name in implementations if name not in known]
     if unknown or not implementations:
         raise ValueError(
@@ -164,7 +170,7 @@ def run(
     Args:
         shapes: what to measure.
         dtype: "bfloat16", "float16" or "float32".
-        implementations: names of ours and of peers; all by default.
+        implementations: as `variant_names` takes them.
         compare: two of them, for their ratio.
         rounds: measurements of which the median counts.
         tick: told what is under way, `rounds + 3` times a shape.
@@ -259,7 +265,8 @@ def _op(name: str, shape: Shape) -> functools.partial[Any]:
         head_dim_v=cases.D_V,
         softmax_scale=cases.SCALE,
         causal=shape.causal,
-        implementation=name,
+        batch_invariant=name.endswith(INVARIANT),
+        implementation=name.removesuffix(INVARIANT),
     )
 
 
@@ -267,7 +274,7 @@ def _reason(name: str, shape: Shape, data: Data) -> str | None:
     if name in PEERS:
         return peer_reason(name, data.queries[0].dtype.name)
     options = _op(name, shape).keywords
-    return explain(*data.call(0), **options).reasons.get(name)
+    return explain(*data.call(0), **options).reasons.get(options["implementation"])
 
 
 def _lower(shape: Shape, name: str, dtype: jnp.dtype) -> jax.stages.Lowered:
@@ -303,7 +310,7 @@ def variant(
 
 
 def _used(name: str, data: Data) -> Data:
-    calls = _MAX_CALLS.get(name, len(data.queries))
+    calls = _MAX_CALLS.get(name.removesuffix(INVARIANT), len(data.queries))
     return Data(data.queries[:calls], data.pools, data.tables[:calls], data.lengths)
 
 
@@ -328,5 +335,5 @@ def num_repeats(
     if jax.default_backend() == "cpu":
         call = 1e-4 + size / 3e9
     else:
-        call = _SLOWER.get(name, 1) * (1e-5 + size / 3e12)
+        call = _SLOWER.get(name.removesuffix(INVARIANT), 1) * (1e-5 + size / 3e12)
     return max(1, round(seconds / (calls * call)))
