@@ -229,10 +229,12 @@ def _in_a_process(problems, **environment):
 PROBLEM = functools.partial(problem, [2000, 0, 2, 961, 48], s_q=3, h_q=14)
 
 
-def test_one_thread_gives_the_same_bits():
+@pytest.mark.parametrize("threads", ["1", "64"])
+def test_the_number_of_threads_leaves_the_bits(threads):
+    """With many threads tiles are low, where the processor likes them high."""
     p = PROBLEM()
-    _, (one,) = _in_a_process([p], NPROC="1")  # of XLA: the size of its pool
-    assert_same_bits(one, run(*p.arrays(), causal=True))
+    _, (other,) = _in_a_process([p], NPROC=threads)  # of XLA: the size of its pool
+    assert_same_bits(other, run(*p.arrays(), causal=True))
 
 
 # What the processor must have for each, besides what those before it need.
@@ -241,6 +243,7 @@ ISAS = {
     "avx2": {"avx2", "fma"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "avx512bf16": {"avx512_bf16"},
+    "amx": {"amx_tile", "amx_bf16"},
 }
 
 

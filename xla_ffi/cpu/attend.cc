@@ -31,13 +31,16 @@ constexpr int64_t RoundUp(int64_t n, int64_t multiple) {
 
 }  // namespace
 
-Scratch::Scratch(const MlaDecodeParams& p) {
-  const int64_t rows = RoundUp(std::min<int64_t>(int64_t{p.s_q} * (p.h_q / p.h_kv), kTileRows), 4);
+Scratch::Scratch(const MlaDecodeParams& p, int32_t tile_rows) {
+  const int64_t rows = RoundUp(std::min<int64_t>(int64_t{p.s_q} * (p.h_q / p.h_kv), tile_rows), 16);
   value_stride = RoundUp(p.d_v, 3 * kMaxLanes);
   key_stride = RoundUp(std::max<int64_t>(p.d_k, value_stride), 2 * kMaxLanes);
-  const int64_t sizes[] = {rows * key_stride,   kBlockTokens * key_stride,
-                           rows * kBlockTokens, rows * value_stride,
-                           kTileRows,           kTileRows};
+  const int64_t sizes[] = {rows * key_stride,
+                           kMaxBlockTokens * key_stride,
+                           rows * kMaxBlockTokens,
+                           rows * value_stride,
+                           rows,
+                           rows};
   float** fields[] = {&q, &k, &scores, &acc, &top, &total};
   int64_t all = kMaxLanes;  // to align the first
   for (int64_t size : sizes) all += RoundUp(size, kMaxLanes);
@@ -99,6 +102,20 @@ int64_t ClampedLength(const MlaDecodeParams& p, int32_t seq) {
 #undef MLA_NAMESPACE
 #undef MLA_LANES
 #undef MLA_BF16_DOTS
+#undef MLA_TARGET
+#endif
+
+#ifdef MLA_HAS_AMX
+#define MLA_NAMESPACE amx
+#define MLA_LANES 16
+#define MLA_BF16_DOTS
+#define MLA_TILES
+#define MLA_TARGET __attribute__((target(MLA_AVX512 ",avx512bf16,amx-tile,amx-bf16")))
+#include "cpu/attend_inl.h"
+#undef MLA_NAMESPACE
+#undef MLA_LANES
+#undef MLA_BF16_DOTS
+#undef MLA_TILES
 #undef MLA_TARGET
 #endif
 

@@ -4,6 +4,7 @@
 // The arithmetic, for vectors of any width. attend.cc includes this file once per instruction set,
 // with MLA_NAMESPACE, MLA_LANES and MLA_TARGET (the function attribute) defined; hence no guard.
 // MLA_BF16_DOTS says that the set multiplies bfloat16 as it is; else all is multiplied as float32.
+// MLA_TILES says that it does so by matrices, AMX's.
 //
 // Plain vector extensions of GCC and Clang: the compiler fuses a * b + c where the target has FMA.
 // Every row goes through the same operations in the same order wherever it lies in a tile.
@@ -123,16 +124,16 @@ constexpr int kRowsPerTile = 4;
 constexpr int kTokensPerTile = 3;
 constexpr int kColumnVectors = 3;
 constexpr int kTokensInL1 = 12;  // of keys, beside four rows of queries
-static_assert(kTileRows % kRowsPerTile == 0 && kBlockTokens % kTokensInL1 == 0);
-static_assert(kTokensInL1 % kTokensPerTile == 0);
-static_assert(kBlockTokens % kMaxLanes == 0);
+static_assert(kTileRows % kRowsPerTile == 0 && kTokensInL1 % kTokensPerTile == 0);
 #define MLA_UNROLL _Pragma("GCC unroll 4")
 
 // Products of float32, whatever the inputs are.
 struct AsFloat32 {
   using Operand = float;
   using Vector = Floats;
-  static constexpr int kTerms = 1;  // of a lane in one product
+  static constexpr int kRows = kRowsPerTile;  // rows are padded to a multiple
+  static constexpr int kTokens = 48;          // of a block
+  static constexpr int kTerms = 1;            // of a lane in one product
 
   // sum += a * b, lane by lane.
   MLA_INLINE static void Add(Floats& sum, const Floats& a, const Floats& b) { sum += a * b; }
@@ -147,6 +148,10 @@ struct AsFloat32 {
   MLA_TARGET static void Read(float* out, const T* x, int64_t d) {
     WidenRow(out, x, d);
   }
+
+  // Before the first block, once the queries are read; after the last.
+  static void Begin(Scratch&, int32_t) {}
+  static void End() {}
 
   // Brings a block's weights and values, once they are known, into the form that Values() takes.
   static void Prepare(Scratch&, int32_t) {}
@@ -165,9 +170,12 @@ struct Products {
 #ifdef MLA_BF16_DOTS
 // Products of bfloat16 by pairs, summed in float32: an instruction does 32. Softmax weights are
 // rounded to bfloat16 for it, as on a GPU. Operands lie where float32 would, in half of the space.
-struct AsBf16 {
+template <int kBlockTokens>
+struct Bf16Pairs {
   using Operand = Bf16;
   using Vector = Words;
+  static constexpr int kRows = kRowsPerTile;
+  static constexpr int kTokens = kBlockTokens;
   static constexpr int kTerms = 2;
 
   MLA_INLINE static void Add(Floats& sum, const Words& a, const Words& b) {
@@ -184,6 +192,9 @@ struct AsBf16 {
     __builtin_memcpy(out, x, d * sizeof(Bf16));
   }
 
+  static void Begin(Scratch&, int32_t) {}
+  static void End() {}
+
   // A row's weights stay in its place, in the first half of it; the values go behind the keys.
   MLA_TARGET static void Prepare(Scratch& s, int32_t rows) {
     for (int64_t i = 0; i < int64_t{rows} * kBlockTokens; i += kBlockTokens) {
@@ -193,16 +204,21 @@ struct AsBf16 {
         Store(reinterpret_cast<Bf16*>(s.scores + i) + t, (Halves)_mm512_cvtneps_pbh((__m512)x));
       }
     }
+    // Columns 0, 0, 1, 1, .. of both, and 16, 16, .. Half a vector behind a row's last columns is
+    // written, too, and again by the next row; key_stride leaves room for the last one's.
+    Ints lane;
+    Load(lane, kLaneIndex);
+    const auto first = (__m512i)(lane | (lane + 32) << 16),
+               second = (__m512i)((Ints)first + 0x100010);
     const Bf16* keys = reinterpret_cast<const Bf16*>(s.k);
     Bf16* pairs = const_cast<Bf16*>(BlockValues(s));
     for (int t = 0; t < kBlockTokens; t += 2, pairs += 2 * s.value_stride) {
-      for (int64_t c = 0; c < s.value_stride; c += kLanes) {
-        Halves even, odd;
+      for (int64_t c = 0; c < s.value_stride; c += 2 * kLanes) {
+        __m512i even, odd;
         Load(even, keys + t * s.key_stride + c);
         Load(odd, keys + (t + 1) * s.key_stride + c);
-        const Words pair =
-            __builtin_convertvector(even, Words) | __builtin_convertvector(odd, Words) << 16;
-        Store(pairs + 2 * c, pair);
+        Store(pairs + 2 * c, _mm512_permutex2var_epi16(even, first, odd));
+        Store(pairs + 2 * c + 2 * kLanes, _mm512_permutex2var_epi16(even, second, odd));
       }
     }
   }
@@ -213,6 +229,12 @@ struct AsBf16 {
   static int64_t ValueStride(const Scratch& s) { return s.value_stride; }
 };
 
+#ifdef MLA_TILES
+#include "cpu/attend_amx_inl.h"
+#else
+using AsBf16 = Bf16Pairs<48>;
+#endif
+
 template <>
 struct Products<Bf16> {
   using As = AsBf16;
@@ -221,8 +243,8 @@ struct Products<Bf16> {
 
 // scores[4, 3] = scale * q[4, d] k[3, d]^T.
 template <typename As>
-MLA_TARGET void Scores(float* scores, const typename As::Operand* q, const typename As::Operand* k,
-                       int64_t stride, float scale) {
+MLA_TARGET void ScoresOfTile(float* scores, const typename As::Operand* q,
+                             const typename As::Operand* k, int64_t stride, float scale) {
   using Vector = typename As::Vector;
   Floats acc[kRowsPerTile][kTokensPerTile];
   MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
@@ -240,17 +262,17 @@ MLA_TARGET void Scores(float* scores, const typename As::Operand* q, const typen
   }
   MLA_UNROLL for (int r = 0; r < kRowsPerTile; ++r) {
     MLA_UNROLL for (int t = 0; t < kTokensPerTile; ++t) {
-      scores[r * kBlockTokens + t] = scale * Sum(acc[r][t]);
+      scores[r * As::kTokens + t] = scale * Sum(acc[r][t]);
     }
   }
 }
 
 // acc[4, 3 vectors] += weights[4, n] v[n, 3 vectors], from row r0 and column c0 on.
 template <typename As>
-MLA_TARGET void Values(Scratch& s, int32_t r0, int64_t c0, int64_t n) {
+MLA_TARGET void ValuesOfTile(Scratch& s, int32_t r0, int64_t c0, int64_t n) {
   using Operand = typename As::Operand;
   using Vector = typename As::Vector;
-  constexpr int kRow = kBlockTokens * sizeof(float) / sizeof(Operand);  // of weights
+  constexpr int kRow = As::kTokens * sizeof(float) / sizeof(Operand);  // of weights
   float* acc = s.acc + r0 * s.value_stride + c0;
   const Operand* weights = reinterpret_cast<const Operand*>(s.scores) + r0 * kRow;
   const Operand* v = As::BlockValues(s) + As::kTerms * c0;
@@ -280,10 +302,39 @@ MLA_TARGET void Values(Scratch& s, int32_t r0, int64_t c0, int64_t n) {
 }
 #undef MLA_UNROLL
 
-// Turns a row of scores, of which the first `seen` count, into weights exp(score - top), and brings
-// the row's top, total and acc up to date.
+// Scores of a block of n tokens.
+template <typename As>
+MLA_TARGET void Scores(Scratch& s, As, int32_t rows, int64_t n, float scale) {
+  using Operand = typename As::Operand;
+  static_assert(As::kTokens % kTokensInL1 == 0);
+  const Operand *queries = reinterpret_cast<const Operand*>(s.q),
+                *keys = reinterpret_cast<const Operand*>(s.k);
+  // Some keys stay in L1 while all queries pass, each few of them by all these keys.
+  for (int64_t t0 = 0; t0 < n; t0 += kTokensInL1) {
+    const int64_t t1 = t0 + kTokensInL1 < n ? t0 + kTokensInL1 : n;
+    for (int32_t r = 0; r < rows; r += kRowsPerTile) {
+      for (int64_t t = t0; t < t1; t += kTokensPerTile) {
+        ScoresOfTile<As>(s.scores + r * As::kTokens + t, queries + r * s.key_stride,
+                         keys + t * s.key_stride, s.key_stride, scale);
+      }
+    }
+  }
+}
+
+// Adds a block's values, n of them, by their weights.
+template <typename As>
+MLA_TARGET void Values(Scratch& s, As, int32_t rows, int64_t n) {
+  for (int64_t c = 0; c < s.value_stride; c += kColumnVectors * kLanes) {
+    for (int32_t r = 0; r < rows; r += kRowsPerTile) ValuesOfTile<As>(s, r, c, n);
+  }
+}
+
+// Turns a row of a block's scores, of which the first `seen` count, into weights exp(score - top),
+// and brings the row's top, total and acc up to date.
+template <int kBlockTokens>
 MLA_TARGET void Softmax(float* scores, int64_t seen, float* top, float* total, float* acc,
                         int64_t acc_stride) {
+  static_assert(kBlockTokens % kMaxLanes == 0 && kBlockTokens <= kMaxBlockTokens);
   Ints lane;
   Load(lane, kLaneIndex);
   Floats largest = Floats{} + *top;
@@ -329,9 +380,10 @@ MLA_TARGET void AttendAs(const MlaDecodeParams& p, const Tile& tile, Scratch& s)
   Operand *queries = reinterpret_cast<Operand*>(s.q), *keys = reinterpret_cast<Operand*>(s.k);
   const int64_t group = p.h_q / p.h_kv;
   const int64_t length = ClampedLength(p, tile.seq);
-  const int32_t rows = (tile.rows + kRowsPerTile - 1) / kRowsPerTile * kRowsPerTile;
+  constexpr int kBlockTokens = As::kTokens;
+  const int32_t rows = (tile.rows + As::kRows - 1) / As::kRows * As::kRows;
 
-  int64_t visible[kTileRows] = {};  // tokens each row sees, from the sequence's first on
+  int64_t visible[kMaxTileRows] = {};  // tokens each row sees, from the sequence's first on
   __builtin_memset(s.q, 0, rows * s.key_stride * sizeof(float));
   __builtin_memset(s.k, 0, kBlockTokens * s.key_stride * sizeof(float));
   __builtin_memset(s.acc, 0, rows * s.value_stride * sizeof(float));
@@ -346,6 +398,7 @@ MLA_TARGET void AttendAs(const MlaDecodeParams& p, const Tile& tile, Scratch& s)
              static_cast<const T*>(p.q) + ((tile.seq * (int64_t)p.s_q + j) * p.h_q + head) * p.d_k,
              p.d_k);
   }
+  As::Begin(s, rows);
 
   const int32_t* table = p.block_table + tile.seq * (int64_t)p.max_pages_per_seq;
   for (int64_t start = tile.token0; start < tile.token1; start += kBlockTokens) {
@@ -361,27 +414,17 @@ MLA_TARGET void AttendAs(const MlaDecodeParams& p, const Tile& tile, Scratch& s)
       As::Read(key, static_cast<const T*>(p.k_cache) + (slot * p.h_kv + tile.kv_head) * p.d_k,
                p.d_k);
     }
-    // Some keys stay in L1 while all queries pass, each few of them by all these keys.
-    for (int64_t t0 = 0; t0 < n; t0 += kTokensInL1) {
-      const int64_t t1 = t0 + kTokensInL1 < n ? t0 + kTokensInL1 : n;
-      for (int32_t r = 0; r < rows; r += kRowsPerTile) {
-        for (int64_t t = t0; t < t1; t += kTokensPerTile) {
-          Scores<As>(s.scores + r * kBlockTokens + t, queries + r * s.key_stride,
-                     keys + t * s.key_stride, s.key_stride, p.softmax_scale);
-        }
-      }
-    }
+    Scores(s, As{}, rows, n, p.softmax_scale);
     for (int32_t r = 0; r < rows; ++r) {
       const int64_t left = visible[r] - start;
       const int64_t seen = left < 0 ? 0 : left < n ? left : n;
-      Softmax(s.scores + r * kBlockTokens, seen, s.top + r, s.total + r, s.acc + r * s.value_stride,
-              s.value_stride);
+      Softmax<kBlockTokens>(s.scores + r * kBlockTokens, seen, s.top + r, s.total + r,
+                            s.acc + r * s.value_stride, s.value_stride);
     }
     As::Prepare(s, rows);
-    for (int64_t c = 0; c < s.value_stride; c += kColumnVectors * kLanes) {
-      for (int32_t r = 0; r < rows; r += kRowsPerTile) Values<As>(s, r, c, n);
-    }
+    Values(s, As{}, rows, n);
   }
+  As::End();
 }
 
 }  // namespace

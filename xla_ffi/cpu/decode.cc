@@ -20,34 +20,60 @@
 #include "cpu/convert.h"
 #include "mla.h"
 
+#ifdef MLA_HAS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace mla {
 namespace {
 
 // A sequence is cut every so many tokens, whatever the batch and the number of threads: that keeps
 // a row's bits its own. Large enough that combining (2 KB a row) costs nothing beside the keys.
 constexpr int64_t kPartTokens = 960;
-static_assert(kPartTokens % kBlockTokens == 0);
+static_assert(kPartTokens % 48 == 0 && kPartTokens % 64 == 0);  // the blocks of attend_inl.h
 
 struct Isa {
   const char* name;
   AttendFn attend;
+  int32_t most_rows = kTileRows;  // of a tile
 };
+
+#ifdef MLA_HAS_AMX
+// Whether the processor multiplies matrices of bfloat16 and Linux lets this process do it.
+bool HasAmx() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (~edx & (kBf16 | kTile)) != 0) {
+    return false;
+  }
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // <asm/prctl.h>, of Linux 5.16
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 // The best instruction set of this processor, or of those up to the one that MLA_JAX_CPU_ISA names.
 // A name that is none allows the first alone.
 Isa ChooseIsa() {
 #if defined(__x86_64__)
-  enum { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
+  enum { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
   const char* cap = std::getenv("MLA_JAX_CPU_ISA");
   const bool named = cap != nullptr && *cap != '\0';
-  int widest = named ? kBaseline : kAvx512Bf16;
+  int widest = named ? kBaseline : kAmx;
   if (named && std::strcmp(cap, "avx2") == 0) widest = kAvx2;
   if (named && std::strcmp(cap, "avx512") == 0) widest = kAvx512;
   if (named && std::strcmp(cap, "avx512bf16") == 0) widest = kAvx512Bf16;
+  if (named && std::strcmp(cap, "amx") == 0) widest = kAmx;
 
   __builtin_cpu_init();
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#ifdef MLA_HAS_AMX
+  if (widest >= kAmx && has_avx512 && __builtin_cpu_supports("avx512bf16") && HasAmx()) {
+    return {"amx", amx::Attend, kMaxTileRows};
+  }
+#endif
 #ifdef MLA_HAS_AVX512_BF16
   // On Intel's processors its products take four times as long as those of float32, for twice as
   // many elements (Emerald Rapids): only where it is asked for.
@@ -76,13 +102,13 @@ class Work {
  public:
   using Body = std::function<void(int64_t item, Scratch& scratch)>;
 
-  Work(const MlaDecodeParams& params, int64_t count, Body body)
-      : params_(params), count_(count), body_(std::move(body)) {}
+  Work(const MlaDecodeParams& params, int32_t tile_rows, int64_t count, Body body)
+      : params_(params), tile_rows_(tile_rows), count_(count), body_(std::move(body)) {}
 
   // Runs all items with the caller's thread and `threads`; returns whether memory sufficed.
-  static bool Run(const MlaDecodeParams& params, const MlaThreads& threads, int64_t count,
-                  Body body) {
-    auto work = std::make_shared<Work>(params, count, std::move(body));
+  static bool Run(const MlaDecodeParams& params, int32_t tile_rows, const MlaThreads& threads,
+                  int64_t count, Body body) {
+    auto work = std::make_shared<Work>(params, tile_rows, count, std::move(body));
     const int64_t helpers = std::min<int64_t>(threads.count, count - 1);
     for (int64_t i = 0; i < helpers; ++i) {
       auto* data = new (std::nothrow) std::shared_ptr<Work>(work);
@@ -109,7 +135,7 @@ class Work {
     for (int64_t item; (item = next_.fetch_add(1)) < count_; ++claimed) {
       if (failed_) continue;
       try {
-        if (scratch == nullptr) scratch = std::make_unique<Scratch>(params_);
+        if (scratch == nullptr) scratch = std::make_unique<Scratch>(params_, tile_rows_);
         body_(item, *scratch);
       } catch (const std::bad_alloc&) {
         failed_ = true;
@@ -122,6 +148,7 @@ class Work {
   }
 
   const MlaDecodeParams params_;
+  const int32_t tile_rows_;
   const int64_t count_;
   const Body body_;
   std::atomic<int64_t> next_{0};
@@ -181,16 +208,33 @@ struct Job {
   int64_t first;      // its first item, and the place of its first part among the partials
 };
 
+int64_t NumParts(int64_t length) {
+  return std::max<int64_t>(1, (length + kPartTokens - 1) / kPartTokens);
+}
+
+// The height of tiles: what this processor likes, or less to give every thread two items. A row's
+// bits do not depend on it.
+int32_t ChooseTileRows(const MlaDecodeParams& p, int32_t num_rows, int64_t num_threads) {
+  int64_t parts = 0;
+  for (int32_t seq = 0; seq < p.b; ++seq) parts += NumParts(ClampedLength(p, seq));
+  int32_t rows = ChosenIsa().most_rows;
+  while (rows > kTileRows && parts * p.h_kv * ((num_rows + rows - 1) / rows) < 2 * num_threads) {
+    rows /= 2;
+  }
+  return rows;
+}
+
 bool Decode(const MlaDecodeParams& p, const MlaThreads& threads) {
   const int32_t num_rows = p.s_q * (p.h_q / p.h_kv);
+  const int32_t tile_rows = ChooseTileRows(p, num_rows, int64_t{threads.count} + 1);
   std::vector<Job> jobs;
   std::vector<int64_t> job_of_item;
   for (int32_t seq = 0; seq < p.b; ++seq) {
     const int64_t length = ClampedLength(p, seq);
-    const int64_t num_parts = std::max<int64_t>(1, (length + kPartTokens - 1) / kPartTokens);
+    const int64_t num_parts = NumParts(length);
     for (int32_t kv_head = 0; kv_head < p.h_kv; ++kv_head) {
-      for (int32_t row0 = 0; row0 < num_rows; row0 += kTileRows) {
-        const int32_t rows = std::min(kTileRows, num_rows - row0);
+      for (int32_t row0 = 0; row0 < num_rows; row0 += tile_rows) {
+        const int32_t rows = std::min(tile_rows, num_rows - row0);
         jobs.push_back({{seq, kv_head, row0, rows, 0, length},
                         num_parts,
                         static_cast<int64_t>(job_of_item.size())});
@@ -201,7 +245,7 @@ bool Decode(const MlaDecodeParams& p, const MlaThreads& threads) {
   const int64_t num_items = static_cast<int64_t>(job_of_item.size());
   std::vector<Partial> partials(num_items);
 
-  bool enough = Work::Run(p, threads, num_items, [&](int64_t item, Scratch& s) {
+  bool enough = Work::Run(p, tile_rows, threads, num_items, [&](int64_t item, Scratch& s) {
     const Job& job = jobs[job_of_item[item]];
     Tile tile = job.tile;
     tile.token0 = (item - job.first) * kPartTokens;
@@ -227,7 +271,7 @@ bool Decode(const MlaDecodeParams& p, const MlaThreads& threads) {
       std::remove_if(jobs.begin(), jobs.end(), [](const Job& j) { return j.num_parts == 1; }),
       jobs.end());
   if (!enough || jobs.empty()) return enough;
-  return Work::Run(p, threads, jobs.size(), [&](int64_t item, Scratch& s) {
+  return Work::Run(p, tile_rows, threads, jobs.size(), [&](int64_t item, Scratch& s) {
     const Job& job = jobs[item];
     for (int32_t r = 0; r < job.tile.rows; ++r) {
       CombineRow(p, job.tile, r, &partials[job.first], job.num_parts, s.acc);
