@@ -214,7 +214,7 @@ int64_t NumParts(int64_t length) {
 
 // The height of tiles: what this processor likes, or less to give every thread two items. A row's
 // bits do not depend on it.
-int32_t ChooseTileRows(const MlaDecodeParams& p, int32_t num_rows, int64_t num_threads) {
+int32_t ChooseTileRows(const MlaDecodeParams& p, int64_t num_rows, int64_t num_threads) {
   int64_t parts = 0;
   for (int32_t seq = 0; seq < p.b; ++seq) parts += NumParts(ClampedLength(p, seq));
   int32_t rows = ChosenIsa().most_rows;
