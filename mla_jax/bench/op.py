@@ -259,6 +259,10 @@ def num_calls(shape: Shape, itemsize: int) -> int:
     return max(pools, 4 if size > 1e9 else 10 if size > 1e8 else 24)
 
 
+def _implementation(name: str) -> str:
+    return name.removesuffix(INVARIANT)
+
+
 def _op(name: str, shape: Shape) -> functools.partial[Any]:
     return functools.partial(
         flash_mla_with_kvcache,
@@ -266,7 +270,7 @@ def _op(name: str, shape: Shape) -> functools.partial[Any]:
         softmax_scale=cases.SCALE,
         causal=shape.causal,
         batch_invariant=name.endswith(INVARIANT),
-        implementation=name.removesuffix(INVARIANT),
+        implementation=_implementation(name),
     )
 
 
@@ -274,7 +278,7 @@ def _reason(name: str, shape: Shape, data: Data) -> str | None:
     if name in PEERS:
         return peer_reason(name, data.queries[0].dtype.name)
     options = _op(name, shape).keywords
-    return explain(*data.call(0), **options).reasons.get(options["implementation"])
+    return explain(*data.call(0), **options).reasons.get(_implementation(name))
 
 
 def _lower(shape: Shape, name: str, dtype: jnp.dtype) -> jax.stages.Lowered:
@@ -310,7 +314,7 @@ def variant(
 
 
 def _used(name: str, data: Data) -> Data:
-    calls = _MAX_CALLS.get(name.removesuffix(INVARIANT), len(data.queries))
+    calls = _MAX_CALLS.get(_implementation(name), len(data.queries))
     return Data(data.queries[:calls], data.pools, data.tables[:calls], data.lengths)
 
 
@@ -335,5 +339,5 @@ def num_repeats(
     if jax.default_backend() == "cpu":
         call = 1e-4 + size / 3e9
     else:
-        call = _SLOWER.get(name.removesuffix(INVARIANT), 1) * (1e-5 + size / 3e12)
+        call = _SLOWER.get(_implementation(name), 1) * (1e-5 + size / 3e12)
     return max(1, round(seconds / (calls * call)))

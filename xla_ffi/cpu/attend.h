@@ -30,6 +30,10 @@ constexpr int kMaxTileRows = 128;    // the same with AMX, beside whose products
 constexpr int kMaxBlockTokens = 64;  // tokens per step of the online softmax; keys stay in L2
 constexpr int kMaxLanes = 16;        // floats of the widest vector
 
+// A sequence is cut every so many tokens, whatever the batch and the number of threads: that keeps
+// a row's bits its own. Large enough that combining (2 KB a row) costs nothing beside the keys.
+constexpr int64_t kPartTokens = 960;
+
 // Rows [row0, row0 + rows) of one sequence and KV head against tokens [token0, token1).
 struct Tile {
   int32_t seq;

@@ -381,6 +381,7 @@ MLA_TARGET void AttendAs(const MlaDecodeParams& p, const Tile& tile, Scratch& s)
   const int64_t group = p.h_q / p.h_kv;
   const int64_t length = ClampedLength(p, tile.seq);
   constexpr int kBlockTokens = As::kTokens;
+  static_assert(kPartTokens % kBlockTokens == 0);
   const int32_t rows = (tile.rows + As::kRows - 1) / As::kRows * As::kRows;
 
   int64_t visible[kMaxTileRows] = {};  // tokens each row sees, from the sequence's first on

@@ -29,11 +29,6 @@
 namespace mla {
 namespace {
 
-// A sequence is cut every so many tokens, whatever the batch and the number of threads: that keeps
-// a row's bits its own. Large enough that combining (2 KB a row) costs nothing beside the keys.
-constexpr int64_t kPartTokens = 960;
-static_assert(kPartTokens % 48 == 0 && kPartTokens % 64 == 0);  // the blocks of attend_inl.h
-
 struct Isa {
   const char* name;
   AttendFn attend;
