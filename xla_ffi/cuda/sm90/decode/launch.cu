@@ -59,9 +59,104 @@ cudaError_t make_map(EncodeTiled encode, CUtensorMap* map, const Tensor& x, MlaD
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// Where partial results go: how many, and the bytes of one.
+struct Slots {
+  int64_t count;
+  size_t bytes;
+  size_t size() const { return count * (bytes + 2 * kTileRows * sizeof(float2)); }
+};
+
+int64_t num_groups(int rows, int h_kv, int height) {
+  return (int64_t{rows} + height - 1) / height * h_kv;
+}
+
+int64_t max_tokens(const MlaDecodeParams& p) { return int64_t{p.max_pages_per_seq} * p.page_size; }
+
+// The most blocks of one sequence.
+int most_blocks(const MlaDecodeParams& p) {
+  return std::max(static_cast<int>((max_tokens(p) + kBlockTokens - 1) / kBlockTokens), 1);
+}
+
+// The most pieces of one sequence in batch-invariant decode.
+int most_pieces(const MlaDecodeParams& p) { return most_fixed_pieces(most_blocks(p)); }
+
+Slots slots_of(const MlaDecodeParams& p, int num_sms) {
+  if (!p.batch_invariant) {
+    return {int64_t{2} * num_sms, kTileRows * kValueColumns * sizeof(float)};
+  }
+  const int64_t groups = num_groups(p.s_q * (p.h_q / p.h_kv), p.h_kv, kTileRows);
+  return {p.b * groups * most_pieces(p), kTileRows * kValueColumns * sizeof(__half)};
+}
+
+// Parts of so many blocks of the lowest tiles take no longer than any of higher ones, if the kernel
+// knows none but narrow tiles.
+constexpr int kNarrowPart = 4;
+
+// Whether all tiles are narrow: of few rows, or of the lowest height, since the table has room for
+// few blocks.
+bool are_narrow(const MlaDecodeParams& p, int rows, Grid (&grids)[kTileHeights]) {
+  static_assert(tile_height(kTileHeights - 1) <= kNarrowRows);
+  if (rows <= kNarrowRows) return true;
+  Grid& lowest = grids[kTileHeights - 1];
+  const int64_t blocks = int64_t{p.b} * most_blocks(p);
+  if (lowest.most_blocks == 0 || blocks > kNarrowPart * lowest.parts.value) return false;
+  lowest.most_blocks = std::max(lowest.most_blocks, static_cast<int>(blocks));
+  return true;
+}
+
+// What is launched.
+struct Plan {
+  DecodeArgs args;  // but where partial results go
+  int64_t ctas;
+  bool narrow;
+};
+
+Plan plan_of(const MlaDecodeParams& p, int num_sms) {
+  Plan plan;
+  auto& [args, ctas, narrow] = plan;
+  args.block_table = p.block_table;
+  args.seqlens = p.cache_seqlens;
+  args.out = p.out;
+  args.lse = p.lse;
+  args.counters = p.counters;
+  args.b = p.b;
+  args.s_q = p.s_q;
+  args.h_q = p.h_q;
+  args.h_kv = KnownDivisor::of(p.h_kv);
+  args.heads_per_kv = KnownDivisor::of(p.h_q / p.h_kv);
+  args.rows = p.s_q * args.heads_per_kv.value;
+  args.page_size = p.page_size;
+  args.page_shift = __builtin_ctz(p.page_size);
+  args.max_pages_per_seq = p.max_pages_per_seq;
+  args.scale_log2 = p.softmax_scale * 1.4426950408889634f;
+  args.causal = p.causal != 0;
+  args.query_pieces = static_cast<int>(p.q_pe != nullptr ? p.d_v : p.d_k) / 64;
+
+  if (p.batch_invariant) {
+    ctas = slots_of(p, num_sms).count;  // one for each piece that there may be
+    args.fixed_pieces = most_pieces(p);
+    args.cooperative = false;
+    const int64_t groups = num_groups(args.rows, p.h_kv, kTileRows);
+    lay_out(args.grids, {groups, groups, groups}, static_cast<int>(groups), p.b);
+    narrow = false;  // results are fp16 in pieces, which narrow tiles do not write
+  } else {
+    // With more tiles than multiprocessors nothing is split, and all tiles are high.
+    int64_t groups[kTileHeights];
+    for (int i = 0; i < kTileHeights; ++i) {
+      groups[i] = num_groups(args.rows, p.h_kv, tile_height(i));
+    }
+    ctas = std::max<int64_t>(std::min(num_sms, kMaxParts), groups[0]);
+    lay_out(args.grids, groups, static_cast<int>(ctas), p.b);
+    args.fixed_pieces = 0;
+    args.cooperative = args.grids[0].parts.value > 1;
+    narrow = are_narrow(p, args.rows, args.grids);
+  }
+  return plan;
+}
+
 template <typename Tile, int kPieces, Form kForm>
-cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
-                   cudaStream_t stream) {
+cudaError_t launch(const MlaDecodeParams& p, const Plan& plan, cudaStream_t stream) {
+  const DecodeArgs& args = plan.args;
   QueryMaps query_maps;
   CacheMaps cache_maps;
   EncodeTiled encode;
@@ -98,7 +193,7 @@ cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
 
   cudaLaunchAttribute attributes[1];
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(ctas);
+  config.gridDim = dim3(plan.ctas);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
@@ -119,102 +214,29 @@ cudaError_t launch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
   error = cudaFuncSetAttribute(combine_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                kFixedCombineBytes);
   if (error != cudaSuccess) return error;
-  combine_kernel<T>
-      <<<ctas / args.fixed_pieces * kFixedShares, kConsumerThreads, kFixedCombineBytes, stream>>>(
-          args);
+  combine_kernel<T><<<plan.ctas / args.fixed_pieces * kFixedShares, kConsumerThreads,
+                      kFixedCombineBytes, stream>>>(args);
   return cudaGetLastError();
 }
 
 template <typename Tile, Form kForm>
-cudaError_t dispatch(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
-                     cudaStream_t stream) {
+cudaError_t dispatch(const MlaDecodeParams& p, const Plan& plan, cudaStream_t stream) {
   if constexpr (kForm == Form::kOp) {
-    if (p.d_k != 576) return launch<Tile, 8, kForm>(p, args, ctas, stream);
+    if (p.d_k != 576) return launch<Tile, 8, kForm>(p, plan, stream);
   }
-  return launch<Tile, 9, kForm>(p, args, ctas, stream);
+  return launch<Tile, 9, kForm>(p, plan, stream);
 }
 
 template <typename T, Form kForm>
-cudaError_t dispatch_tile(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
-                          cudaStream_t stream) {
-  // Batch-invariant results are fp16 in pieces, which narrow tiles do not write.
-  return args.rows <= kNarrowRows && args.fixed_pieces == 0
-             ? dispatch<NarrowTile<T>, kForm>(p, args, ctas, stream)
-             : dispatch<WideTile<T>, kForm>(p, args, ctas, stream);
+cudaError_t dispatch_tile(const MlaDecodeParams& p, const Plan& plan, cudaStream_t stream) {
+  return plan.narrow ? dispatch<NarrowTile<T>, kForm>(p, plan, stream)
+                     : dispatch<WideTile<T>, kForm>(p, plan, stream);
 }
 
 template <Form kForm>
-cudaError_t dispatch_dtype(const MlaDecodeParams& p, const DecodeArgs& args, int ctas,
-                           cudaStream_t stream) {
-  return p.dtype == MLA_BF16 ? dispatch_tile<__nv_bfloat16, kForm>(p, args, ctas, stream)
-                             : dispatch_tile<__half, kForm>(p, args, ctas, stream);
-}
-
-// Where partial results go: how many, and the bytes of one.
-struct Slots {
-  int64_t count;
-  size_t bytes;
-  size_t size() const { return count * (bytes + 2 * kTileRows * sizeof(float2)); }
-};
-
-int64_t num_groups(int rows, int h_kv, int height) {
-  return (int64_t{rows} + height - 1) / height * h_kv;
-}
-
-int64_t max_tokens(const MlaDecodeParams& p) { return int64_t{p.max_pages_per_seq} * p.page_size; }
-
-// The most pieces of one sequence in batch-invariant decode.
-int most_pieces(const MlaDecodeParams& p) {
-  return most_fixed_pieces(static_cast<int>((max_tokens(p) + kBlockTokens - 1) / kBlockTokens));
-}
-
-Slots slots_of(const MlaDecodeParams& p, int num_sms) {
-  if (!p.batch_invariant) {
-    return {int64_t{2} * num_sms, kTileRows * kValueColumns * sizeof(float)};
-  }
-  const int64_t groups = num_groups(p.s_q * (p.h_q / p.h_kv), p.h_kv, kTileRows);
-  return {p.b * groups * most_pieces(p), kTileRows * kValueColumns * sizeof(__half)};
-}
-
-// The grid, and the kernel's arguments but where partial results go.
-DecodeArgs arguments(const MlaDecodeParams& p, int num_sms, int64_t& ctas) {
-  DecodeArgs args;
-  args.block_table = p.block_table;
-  args.seqlens = p.cache_seqlens;
-  args.out = p.out;
-  args.lse = p.lse;
-  args.counters = p.counters;
-  args.b = p.b;
-  args.s_q = p.s_q;
-  args.h_q = p.h_q;
-  args.h_kv = KnownDivisor::of(p.h_kv);
-  args.heads_per_kv = KnownDivisor::of(p.h_q / p.h_kv);
-  args.rows = p.s_q * args.heads_per_kv.value;
-  args.page_size = p.page_size;
-  args.page_shift = __builtin_ctz(p.page_size);
-  args.max_pages_per_seq = p.max_pages_per_seq;
-  args.scale_log2 = p.softmax_scale * 1.4426950408889634f;
-  args.causal = p.causal != 0;
-  args.query_pieces = static_cast<int>(p.q_pe != nullptr ? p.d_v : p.d_k) / 64;
-
-  if (p.batch_invariant) {
-    ctas = slots_of(p, num_sms).count;  // one for each piece that there may be
-    args.fixed_pieces = most_pieces(p);
-    args.cooperative = false;
-    const int64_t groups = num_groups(args.rows, p.h_kv, kTileRows);
-    lay_out(args.grids, {groups, groups, groups}, static_cast<int>(groups), p.b);
-  } else {
-    // With more tiles than multiprocessors nothing is split, and all tiles are high.
-    int64_t groups[kTileHeights];
-    for (int i = 0; i < kTileHeights; ++i) {
-      groups[i] = num_groups(args.rows, p.h_kv, tile_height(i));
-    }
-    ctas = std::max<int64_t>(std::min(num_sms, kMaxParts), groups[0]);
-    lay_out(args.grids, groups, static_cast<int>(ctas), p.b);
-    args.fixed_pieces = 0;
-    args.cooperative = args.grids[0].parts.value > 1;
-  }
-  return args;
+cudaError_t dispatch_dtype(const MlaDecodeParams& p, const Plan& plan, cudaStream_t stream) {
+  return p.dtype == MLA_BF16 ? dispatch_tile<__nv_bfloat16, kForm>(p, plan, stream)
+                             : dispatch_tile<__half, kForm>(p, plan, stream);
 }
 
 cudaError_t multiprocessors(int* count) {
@@ -234,8 +256,8 @@ cudaError_t decode_in_chain(const MlaDecodeParams& p, ChainPieces* pieces, cudaS
   int num_sms;
   const cudaError_t error = multiprocessors(&num_sms);
   if (error != cudaSuccess) return error;
-  int64_t ctas;
-  DecodeArgs args = arguments(p, num_sms, ctas);
+  Plan plan = plan_of(p, num_sms);
+  DecodeArgs& args = plan.args;
   args.cooperative = false;
   auto* values = static_cast<float*>(p.workspace);
   auto* stats = reinterpret_cast<float2*>(values + size_t{kMaxParts} * p.h_q * kValueColumns);
@@ -243,7 +265,7 @@ cudaError_t decode_in_chain(const MlaDecodeParams& p, ChainPieces* pieces, cudaS
   args.partial_stats = stats;
   *pieces = {values, stats, p.cache_seqlens, static_cast<int>(max_tokens(p)), {}};
   std::copy_n(args.grids, kTileHeights, pieces->grids);
-  return dispatch_dtype<Form::kChain>(p, args, static_cast<int>(ctas), stream);
+  return dispatch_dtype<Form::kChain>(p, plan, stream);
 }
 
 }  // namespace mla
@@ -272,13 +294,12 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
   const cudaError_t error = multiprocessors(&num_sms);
   if (error != cudaSuccess) return error;
 
-  int64_t ctas;
-  DecodeArgs args = arguments(p, num_sms, ctas);
-  if (ctas > INT32_MAX / kFixedShares) return cudaErrorInvalidValue;
+  Plan plan = plan_of(p, num_sms);
+  DecodeArgs& args = plan.args;
+  if (plan.ctas > INT32_MAX / kFixedShares) return cudaErrorInvalidValue;
   const Slots slots = slots_of(p, num_sms);
   args.slot_chunks = slots.bytes / sizeof(uint4);
   args.partial_out = static_cast<uint4*>(p.workspace);
   args.partial_stats = reinterpret_cast<float2*>(args.partial_out + slots.count * args.slot_chunks);
-  return dispatch_dtype<Form::kOp>(p, args, static_cast<int>(ctas),
-                                   static_cast<cudaStream_t>(stream));
+  return dispatch_dtype<Form::kOp>(p, plan, static_cast<cudaStream_t>(stream));
 }
