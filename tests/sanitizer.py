@@ -287,12 +287,16 @@ def main() -> None:
     for dtype in (jnp.bfloat16, jnp.float16):
         for d_k in (576, 512):
             cases.append(([200, 0, 700], {"h_q": 16, "d_k": d_k, "dtype": dtype}))
-            cases.append(([130, 900], {"h_q": 128, "s_q": 2, "d_k": d_k, "dtype": dtype}))
+            wide = {"h_q": 128, "s_q": 2, "width": 1000}  # room for many blocks
+            cases.append(([130, 900], {**wide, "d_k": d_k, "dtype": dtype}))
+    cases.append(([130, 900], {"h_q": 128, "s_q": 2}))
+    cases += [([600], {"h_q": h_q, "width": 1000}) for h_q in (40, 128)]  # low tiles
     for page_size in (16, 32, 128):
         cases += [([3, 300], {"h_q": h_q, "page_size": page_size}) for h_q in (3, 40)]
     cases += [([64, 200], {"h_q": 16, "h_kv": 2, "s_q": 2}), ([64] * 140, {"h_q": 16})]
     cases += [([9000], {"h_q": 16}), ([2000] * 5, {"h_q": 128}), ([70] * 40, {"h_q": 16})]
     cases.append(([600] * 20, {"h_q": 128}))  # combined in wide units
+    cases.append(([20_000], {"h_q": 3}))
     lengths, s_q, h_q = shapes.IN_STEP[1]
     cases.append((lengths, {"h_q": h_q, "s_q": s_q}))
     for lengths, options in cases:

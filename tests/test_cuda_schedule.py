@@ -231,25 +231,30 @@ def test_lengths_that_are_none(library):
     check(library, [*lengths, -1, int32.min, int32.max], max_tokens=4096)
 
 
-@settings(max_examples=50, deadline=None)
-@given(lengths=st.lists(LENGTH, min_size=1, max_size=20))
-def test_pieces_of_batch_invariant_calls(library, lengths):
-    """A sequence's pieces are those that it has alone."""
-    max_tokens, most = 1 << 17, 16
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(LENGTH, min_size=1, max_size=40), **COMMON)
+def test_pieces_of_batch_invariant_calls(library, lengths, rows, h_kv, sms, error):
+    """Each is computed once, by the part in which it begins, and is the sequence's own."""
+    parts, _, _ = find(library, lengths, min(rows, 16), h_kv, sms, 1 << 20, error)
+    _, blocks = blocks_of(lengths, 1 << 20)
+    found = [[] for _ in lengths]
+    for part in parts:
+        for seq in range(part["begin_seq"], part["end_seq"] + 1):
+            begin = int(part["begin_block"]) if seq == part["begin_seq"] else 0
+            end = part["end_block"] if seq == part["end_seq"] else blocks[seq]
+            size = library.fixed_piece_blocks(blocks[seq])
+            found[seq] += range(library.fixed_piece_begin(begin, size, error), end, size)
+    for n, begins in zip(blocks, found, strict=True):
+        size = library.fixed_piece_blocks(n)
+        assert begins == list(range(0, n, size))
+        assert size >= min(n, 8)
 
-    def pieces(lengths):
-        parts = np.zeros(len(lengths) * most, PART)
-        out = ctypes.c_void_p(parts.ctypes.data)
-        library.fixed_parts(ints(lengths), len(lengths), max_tokens, most, out)
-        return parts.reshape(len(lengths), most)
 
-    tokens, blocks = blocks_of(lengths, max_tokens)
-    for seq, found in enumerate(pieces(lengths)):
-        full = found[found["begin_seq"] <= found["end_seq"]]
-        assert (full["begin_seq"] == seq).all()
-        assert (full["end_seq"] == seq).all()
-        assert (full["begin_tokens"] == tokens[seq]).all()
-        assert [0, *full["end_block"]] == [*full["begin_block"], blocks[seq]]
-        (alone,) = pieces([lengths[seq]])
-        assert (found["begin_block"] == alone["begin_block"]).all()
-        assert (found["end_block"] == alone["end_block"]).all()
+def test_pieces_fit_the_workspace(library):
+    """Also those of a sequence that is shorter than its table allows."""
+    most = 0
+    for blocks in range(1, 3000):
+        size = library.fixed_piece_blocks(blocks)
+        most = max(most, -(-blocks // size))
+        assert most <= library.most_fixed_pieces(blocks) <= 32
+        assert size <= max(8, 16, -(-blocks // 32))

@@ -111,13 +111,17 @@ def test_none_lowers_for_a_gpu_what_the_kernel_does_not_take(changed):
         lower(run, *arrays)
 
 
-@pytest.mark.parametrize(("width", "pieces"), [(1, 1), (8, 1), (9, 2), (64, 8), (4096, 16)])
+@pytest.mark.parametrize(
+    ("width", "pieces"),
+    [(1, 1), (8, 1), (9, 2), (64, 8), (256, 16), (257, 17), (512, 32), (4096, 32)],
+)
 def test_workspace_of_batch_invariant_calls(width, pieces):
-    """For each piece of a sequence and tile of 64 rows 64 x 512 fp16 and 64 x 4 statistics."""
-    count = 3 * 2 * 2 * pieces  # sequences, tiles, KV heads
-    counters = 1152
+    """For each piece of a sequence and tile, 64 x 512 fp16, or 16 x 512 float, and statistics."""
+    counters, stats = 1152, 64 * 16
     size = ffi._workspace_bytes(3, 2, 128, 2, width, 64, True)
-    assert size == counters + count * (64 * 512 * 2 + 64 * 16)
+    assert size == counters + 3 * 2 * 2 * pieces * (64 * 512 * 2 + stats)  # tiles, KV heads
+    size = ffi._workspace_bytes(3, 1, 16, 1, width, 64, True)
+    assert size == counters + 3 * pieces * (16 * 512 * 4 + stats)
     text = lower(functools.partial(run, batch_invariant=True), *inputs())
     assert "batch_invariant = true" in text
 
@@ -395,11 +399,21 @@ def test_same_bits_100_times(s_q, h_q, lengths):
 
 
 @gpu
+@pytest.mark.parametrize("width", [None, 4000])
+@pytest.mark.parametrize(("s_q", "h_q"), [(1, 128), (1, 40), (2, 64), (3, 128)])
+@pytest.mark.parametrize("lengths", [[1000], [900, 0, 1500], [300] * 8, [5000], [20_000]], ids=str)
+def test_tables_with_room_for_few_blocks_and_for_many(lengths, s_q, h_q, width):
+    """Tiles of 16 rows where there is little room, else of the height that the lengths ask for."""
+    p = problem(lengths, s_q=s_q, h_q=h_q, width=width)
+    assert_close(run(*p.arrays(), causal=True), attend(p, causal=True))
+
+
+@gpu
 @pytest.mark.parametrize(("s_q", "h_q"), [(1, 16), (1, 128), (2, 128), (3, 40)])
 def test_batch_invariant(s_q, h_q):
     """A row's bits alone, in batches of 2 to 128, in other slots, among other neighbours."""
-    lengths = [5000, 9000, 700, 512, 513, 64, 0]
-    width, num_pages = 160, 300
+    lengths = [9000, 40_000, 5000, 700, 512, 513, 64, 0]
+    width, num_pages = 640, 1000
     p = problem(lengths, s_q=s_q, h_q=h_q, width=width, num_pages=num_pages)
     call = functools.partial(run, causal=True, batch_invariant=True)
     whole = call(*p.arrays())
@@ -407,8 +421,12 @@ def test_batch_invariant(s_q, h_q):
     rng = np.random.default_rng(0)
     for b in (1, 2, 5, 16, 128):
         slots = rng.integers(0, len(lengths), b)
-        slots[rng.integers(b)] = 0  # the longest but one always
+        slots[rng.integers(b)] = rng.integers(2)  # a long one always
         assert_same_bits(call(*p.rows(slots).arrays()), [np.asarray(x)[slots] for x in whole])
+    # A table with less room: the first sequence has no place beyond.
+    short = p.rows(np.array([0, 3]))
+    short = Problem(short.q, short.k_cache, short.block_table[:, :142], short.cache_seqlens)
+    assert_same_bits(call(*short.arrays()), [np.asarray(x)[[0, 3]] for x in whole])
     # Pages of 16 tokens instead of 64, in another order: the same tokens, so the same bits.
     small = p.k_cache.reshape(num_pages * 4, 16, 1, -1)
     moved = rng.permutation(len(small)).astype(np.int32)

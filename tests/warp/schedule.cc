@@ -46,9 +46,11 @@ extern "C" void find_parts(const int32_t* seqlens, int b, int max_tokens, const 
 // The blocks beyond which parts are long.
 extern "C" int long_part() { return mla::kLongPart; }
 
-extern "C" void fixed_parts(const int32_t* seqlens, int b, int max_tokens, int most_pieces,
-                            mla::Part* parts) {
-  for (int i = 0; i < b * most_pieces; ++i) {
-    parts[i] = mla::fixed_part(seqlens, b, max_tokens, i, most_pieces);
-  }
+// Blocks of a piece of a sequence in batch-invariant decode, the most pieces of one that is no
+// longer, and the first block from `block` on with which a piece begins.
+extern "C" int fixed_piece_blocks(int blocks) { return mla::fixed_piece_blocks(blocks); }
+extern "C" int most_fixed_pieces(int blocks) { return mla::most_fixed_pieces(blocks); }
+extern "C" int fixed_piece_begin(int block, int size, int reciprocal_error) {
+  mla::ptx::reciprocal_error = reciprocal_error;
+  return mla::fixed_piece_begin(block, size);
 }

@@ -12,6 +12,8 @@
 
 #include <cooperative_groups.h>
 
+#include <type_traits>
+
 #include "layout.cuh"
 #include "partial.cuh"
 #include "softmax.cuh"
@@ -181,7 +183,7 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
   const auto locate = [&](int i) {
     const int row_group = row_group_of(i), chunk_number = chunk_of(i);
     const int row = 16 * row_group + 2 * pair, half = chunk_number / kChunks<Partial>;
-    const int offset = chunk_number * 128 + row_group * 32 + lane;
+    const int offset = (c.first_unit + i) * kWidth * 32 + lane;
     chunk = partial_chunks(c.args, c.slot_of(member)) + offset;
     next_chunk = partial_chunks(c.args, c.slot_of(member + team)) + offset;
     stats = partial_stats(c.args, c.slot_of(stats_member), half, row);
@@ -207,7 +209,7 @@ __device__ __forceinline__ void combine_units(const Combination& c, Wait&& wait)
     for (int s = member; s < pieces; s += team) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        ptx::copy_async_16(&gathered[s].chunks[j][lane], chunk + j * 128);
+        ptx::copy_async_16(&gathered[s].chunks[j][lane], chunk + j * 32);
       }
       chunk = s == member ? next_chunk : chunk + chunk_stride;
     }
@@ -332,7 +334,7 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& pla
                    partial_slot(cta, true),
                    partial_slot(cta + place.groups, false),
                    2 * place.groups};
-  const bool half = Tile::kHalfPartials && is_half(args, rows);
+  const bool half = is_half<Tile, false>(rows);
   take_units(c, half, split.share, split.helpers);
   if (c.units <= 0) return;
   if (rehearses) c.rows = 0;
@@ -355,23 +357,27 @@ __device__ __forceinline__ void combine(const DecodeArgs& args, const Place& pla
   }
 }
 
-// Combines what batch-invariant decode has cut; kFixedShares CTAs for each sequence and tile.
+// Combines what batch-invariant decode has cut; kFixedShares CTAs for each sequence and tile, each
+// of which has up to 8 units.
 inline constexpr int kFixedShares = 16;
-inline constexpr int kFixedCombineBytes =  // at most 8 units
-    sizeof(CombineScratch) + 8 * kFixedPieces * sizeof(Gathered<1>);
+__host__ constexpr int fixed_combine_bytes(int most_pieces) {
+  return sizeof(CombineScratch) + 8 * most_pieces * sizeof(Gathered<1>);
+}
 
-template <typename T>
+template <typename Tile>
 __global__ void __launch_bounds__(kConsumerThreads)
     combine_kernel(const __grid_constant__ DecodeArgs args) {
+  using Partial = std::conditional_t<Tile::kHalfPartials, __half, float>;
   extern __shared__ __align__(16) uint8_t scratch[];
+  ptx::grid_dependency_wait();
   const int tile_of_seq = blockIdx.x / kFixedShares, seq = args.grids[0].groups.floor(tile_of_seq);
   const int group = tile_of_seq - seq * args.grids[0].groups.value;
   const int blocks =
       sequence_blocks(sequence_tokens(args.seqlens, seq, args.max_pages_per_seq * args.page_size));
-  const int size = fixed_piece_blocks(blocks), pieces = (blocks + size - 1) / size;
+  const int pieces = Divisor(fixed_piece_blocks(blocks)).ceil(blocks);
   if (pieces == 1) return;
   const Place place = Place::of_group(args, 0, group);
-  const int slot = seq * args.fixed_pieces * place.groups + group;
+  const int slot = fixed_slot(args, place, seq, 0);
   Combination c = {args,
                    *reinterpret_cast<CombineScratch*>(scratch),
                    pieces,
@@ -382,8 +388,8 @@ __global__ void __launch_bounds__(kConsumerThreads)
                    slot,
                    slot + place.groups,
                    place.groups};
-  take_units(c, true, blockIdx.x % kFixedShares, kFixedShares);
-  if (c.units > 0) combine_units<T, __half, 1>(c, [] {});
+  take_units(c, Tile::kHalfPartials, blockIdx.x % kFixedShares, kFixedShares);
+  if (c.units > 0) combine_units<typename Tile::Element, Partial, 1>(c, [] {});
 }
 
 }  // namespace mla

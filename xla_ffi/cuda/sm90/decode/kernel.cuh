@@ -29,6 +29,7 @@ namespace mla {
 // What the kernel is launched as.
 enum class Form {
   kOp,     // the whole op
+  kFixed,  // the same, batch-invariant, but for the combination
   kChain,  // in a chain of kernels, of one sequence with one query, see chain.h
 };
 
@@ -39,9 +40,10 @@ struct Decode {
   using State = typename Tile::State;
   using HeldQueries = typename Tile::HeldQueries;
   static constexpr bool kInChain = kForm == Form::kChain;
-  // Of a thread; a chain's copiers need more of what is there at launch.
+  static constexpr bool kFixed = kForm == Form::kFixed;
+  // Of a thread; the copiers of other forms need more of what is there at launch.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kConsumerRegisters = kInChain ? 224 : 232;
+  static constexpr int kConsumerRegisters = kForm == Form::kOp ? 232 : 224;
   static constexpr int kCopierRegisters = 3 * kLaunchRegisters - 2 * kConsumerRegisters;
   static constexpr int kBlockShift = 6;                // log2 of the tokens of a block
   static constexpr int kMaxPages = kBlockTokens / 16;  // of a block, with the smallest pages
@@ -55,7 +57,7 @@ struct Decode {
     if constexpr (kInChain) ptx::grid_dependency_wait();  // by every CTA
     const int height = shared.part.height;
     const QueryBox box = query_box(args.rows, height, Tile::kQueryStride, args.query_pieces);
-    for_each_item(args, shared.part, [&](const Item& item) {
+    for_each_item<kFixed>(args, shared.part, [&](const Item& item) {
       ptx::mbarrier_wait(&shared.query_empty, item.parity ^ 1);
       ptx::mbarrier_arrive_expect_tx(&shared.query_full, kPieces * box.rows * 128);
 #pragma unroll 1
@@ -121,7 +123,7 @@ struct Decode {
   __device__ static void prefetch_ahead(const DecodeArgs& args, const CacheMaps& maps,
                                         Shared& shared) {
     constexpr int kPrefetched = 3;  // boxes
-    if (args.fixed_pieces > 0 || args.page_size < kBlockTokens) return;
+    if (args.page_size < kBlockTokens) return;
     const int max_tokens = args.max_pages_per_seq * args.page_size;
     if (max_tokens == 0) return;  // else even an empty sequence's first entry can be read
     const Begin begin = foresee_begin(args.seqlens, args.b, max_tokens, blockIdx.x, args.grids);
@@ -172,7 +174,7 @@ struct Decode {
     uint32_t come = 0;          // CTAs, to all pairs so far
     uint32_t uses[2] = {0, 0};  // of each buffer
 
-    for_each_item(args, part, [&](const Item& item) {
+    for_each_item<kFixed>(args, part, [&](const Item& item) {
       const int32_t* table = args.block_table + int64_t{item.seq} * args.max_pages_per_seq;
       const auto find_pages = [&](int block, int(&pages)[kPages]) {
 #pragma unroll
@@ -460,13 +462,22 @@ struct Decode {
     }
   }
 
+  // Where the item's partial result goes.
+  __device__ __forceinline__ static int slot_of(const DecodeArgs& args, const Place& place,
+                                                const Item& item, bool first) {
+    if constexpr (kFixed) {
+      const int size = fixed_piece_blocks(sequence_blocks(item.tokens));
+      return fixed_slot(args, place, item.seq, Divisor(size).floor(item.begin));
+    }
+    return partial_slot(blockIdx.x, first);
+  }
+
   // Accumulates and writes a warpgroup's half of all items' output; only the walk over the blocks
   // differs between the two. Returns the last item's split.
   __device__ __forceinline__ static Split attend(const DecodeArgs& args, Shared& shared,
                                                  const Place& place, int half) {
     uint32_t uses = 0;  // of this warpgroup's block buffer
     const Part& part = shared.part;
-    const bool fixed = args.fixed_pieces > 0;
     const Rehearsal rehearsal = rehearsal_of(args, part);
     Split split = {};  // of the item at hand
     const auto body = [&](const Item& item) {
@@ -499,13 +510,13 @@ struct Decode {
       // What a partial result consists of needs no other warp, but the sums of its rows.
       const bool whole = item.whole && rehearsal == Rehearsal::kNone;
       const bool first = item.begin == 0 || rehearsal != Rehearsal::kNone;
-      const int slot = fixed ? blockIdx.x : partial_slot(blockIdx.x, first);
+      const int slot = slot_of(args, place, item, first);
       const int tile_rows = place.end_row - place.first_row;
       const bool writes = !whole && Tile::writes(tile_rows);
       Exponents exponents = {};
       if (writes) {
         if constexpr (Tile::kHalfPartials) {
-          exponents = is_half(args, tile_rows)
+          exponents = is_half<Tile, kFixed>(tile_rows)
                           ? store_values<__half, Tile>(args, slot, half, output)
                           : store_values<float, Tile>(args, slot, half, output);
         } else {
@@ -515,7 +526,7 @@ struct Decode {
 
       // Who else has pieces of the sequence, found while the values are on their way.
       // Batch-invariant pieces are combined by another kernel, a rehearsal's by nobody.
-      const bool combined = !whole && !fixed && rehearsal == Rehearsal::kNone;
+      const bool combined = !kFixed && !whole && rehearsal == Rehearsal::kNone;
       split.helpers = 0;
       if (combined) {
         ptx::mbarrier_wait(&shared.counters_clear, 0);
@@ -535,7 +546,7 @@ struct Decode {
         if (combined) announce_partial(args.counters + place.peer(split.first_part));
       }
     };
-    for_each_item(args, part, body, rehearsal);
+    for_each_item<kFixed>(args, part, body, rehearsal);
     return split;
   }
 
@@ -543,7 +554,7 @@ struct Decode {
   __device__ __forceinline__ static void consume(const DecodeArgs& args, Shared& shared,
                                                  const Place& place, int half) {
     Split split = attend(args, shared, place, half);
-    if constexpr (kInChain) return;
+    if constexpr (kForm != Form::kOp) return;
     const Part& part = shared.part;
     const Rehearsal rehearsal = rehearsal_of(args, part);
 
@@ -602,11 +613,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int tokens = sequence_tokens(args.seqlens, 0, max_tokens);
       const Part found = part_of_one(tokens, blockIdx.x, args.grids);
       if (threadIdx.x % 32 == 0) shared.part = found;
-    } else if (args.fixed_pieces > 0) {
-      if (threadIdx.x % 32 == 0) {
-        shared.part = fixed_part(args.seqlens, args.b, max_tokens,
-                                 args.grids[0].groups.floor(blockIdx.x), args.fixed_pieces);
-      }
     } else {
       find_part(args.seqlens, args.b, max_tokens, blockIdx.x, args.grids, &shared.part);
     }
@@ -672,6 +678,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncwarp();
   } else {
     ptx::registers_grow<Kernel::kConsumerRegisters>();
+    // The combination has no more to wait for than the end of this kernel.
+    if (kForm == Form::kFixed && threadIdx.x == 0) ptx::launch_dependents();
     Kernel::consume(args, shared, shared.place, warpgroup);
   }
 }

@@ -84,13 +84,15 @@ Slots slots_of(const MlaDecodeParams& p, int num_sms) {
   if (!p.batch_invariant) {
     return {int64_t{2} * num_sms, kTileRows * kValueColumns * sizeof(float)};
   }
-  const int64_t groups = num_groups(p.s_q * (p.h_q / p.h_kv), p.h_kv, kTileRows);
-  return {p.b * groups * most_pieces(p), kTileRows * kValueColumns * sizeof(__half)};
+  const int rows = p.s_q * (p.h_q / p.h_kv);
+  const size_t of_row = kValueColumns * sizeof(float);
+  return {p.b * num_groups(rows, p.h_kv, kTileRows) * most_pieces(p),
+          rows <= kNarrowRows ? kNarrowRows * of_row : kTileRows * of_row / 2};
 }
 
 // Parts of so many blocks of the lowest tiles take no longer than any of higher ones, if the kernel
 // knows none but narrow tiles.
-constexpr int kNarrowPart = 4;
+constexpr int kNarrowPart = 5;
 
 // Whether all tiles are narrow: of few rows, or of the lowest height, since the table has room for
 // few blocks.
@@ -132,26 +134,45 @@ Plan plan_of(const MlaDecodeParams& p, int num_sms) {
   args.causal = p.causal != 0;
   args.query_pieces = static_cast<int>(p.q_pe != nullptr ? p.d_v : p.d_k) / 64;
 
-  if (p.batch_invariant) {
-    ctas = slots_of(p, num_sms).count;  // one for each piece that there may be
-    args.fixed_pieces = most_pieces(p);
-    args.cooperative = false;
-    const int64_t groups = num_groups(args.rows, p.h_kv, kTileRows);
-    lay_out(args.grids, {groups, groups, groups}, static_cast<int>(groups), p.b);
-    narrow = false;  // results are fp16 in pieces, which narrow tiles do not write
-  } else {
-    // With more tiles than multiprocessors nothing is split, and all tiles are high.
-    int64_t groups[kTileHeights];
-    for (int i = 0; i < kTileHeights; ++i) {
-      groups[i] = num_groups(args.rows, p.h_kv, tile_height(i));
-    }
-    ctas = std::max<int64_t>(std::min(num_sms, kMaxParts), groups[0]);
-    lay_out(args.grids, groups, static_cast<int>(ctas), p.b);
-    args.fixed_pieces = 0;
-    args.cooperative = args.grids[0].parts.value > 1;
-    narrow = are_narrow(p, args.rows, args.grids);
+  // With more tiles than multiprocessors nothing is split, and all tiles are high; so are those of
+  // batch-invariant calls, whose pieces do not depend on how many there are.
+  int64_t groups[kTileHeights];
+  for (int i = 0; i < kTileHeights; ++i) {
+    groups[i] = num_groups(args.rows, p.h_kv, tile_height(p.batch_invariant ? 0 : i));
   }
+  ctas = std::max<int64_t>(std::min(num_sms, kMaxParts), groups[0]);
+  lay_out(args.grids, groups, static_cast<int>(ctas), p.b);
+  args.fixed_pieces = most_pieces(p);
+  args.cooperative = !p.batch_invariant && args.grids[0].parts.value > 1;
+  narrow = are_narrow(p, args.rows, args.grids);
   return plan;
+}
+
+// Lets a kernel start while the one before it runs.
+cudaLaunchAttribute starts_early() {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
+
+template <typename Tile>
+cudaError_t launch_combination(const MlaDecodeParams& p, const DecodeArgs& args,
+                               cudaStream_t stream) {
+  const int bytes = fixed_combine_bytes(args.fixed_pieces);
+  const auto kernel = combine_kernel<Tile>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute = starts_early();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(p.b * args.grids[0].groups.value * kFixedShares);
+  config.blockDim = dim3(kConsumerThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args);
 }
 
 template <typename Tile, int kPieces, Form kForm>
@@ -199,8 +220,7 @@ cudaError_t launch(const MlaDecodeParams& p, const Plan& plan, cudaStream_t stre
   config.stream = stream;
   config.attrs = attributes;
   if (kForm == Form::kChain) {
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[0] = starts_early();
     config.numAttrs = 1;
   } else if (args.cooperative) {
     attributes[0].id = cudaLaunchAttributeCooperative;
@@ -208,20 +228,16 @@ cudaError_t launch(const MlaDecodeParams& p, const Plan& plan, cudaStream_t stre
     config.numAttrs = 1;
   }
   error = cudaLaunchKernelEx(&config, kernel, args, query_maps, cache_maps);
-  if (error != cudaSuccess || args.fixed_pieces <= 1) return error;
-
-  using T = typename Tile::Element;
-  error = cudaFuncSetAttribute(combine_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               kFixedCombineBytes);
   if (error != cudaSuccess) return error;
-  combine_kernel<T><<<plan.ctas / args.fixed_pieces * kFixedShares, kConsumerThreads,
-                      kFixedCombineBytes, stream>>>(args);
-  return cudaGetLastError();
+  if constexpr (kForm == Form::kFixed) {
+    if (args.fixed_pieces > 1) return launch_combination<Tile>(p, args, stream);
+  }
+  return cudaSuccess;
 }
 
 template <typename Tile, Form kForm>
 cudaError_t dispatch(const MlaDecodeParams& p, const Plan& plan, cudaStream_t stream) {
-  if constexpr (kForm == Form::kOp) {
+  if constexpr (kForm != Form::kChain) {
     if (p.d_k != 576) return launch<Tile, 8, kForm>(p, plan, stream);
   }
   return launch<Tile, 9, kForm>(p, plan, stream);
@@ -296,10 +312,14 @@ extern "C" int mla_sm90_decode(const MlaDecodeParams* params, void* stream) {
 
   Plan plan = plan_of(p, num_sms);
   DecodeArgs& args = plan.args;
-  if (plan.ctas > INT32_MAX / kFixedShares) return cudaErrorInvalidValue;
+  if (plan.ctas > INT32_MAX) return cudaErrorInvalidValue;
+  const int64_t tiles = int64_t{p.b} * args.grids[0].groups.value;
+  if (p.batch_invariant && tiles > INT32_MAX / kFixedShares) return cudaErrorInvalidValue;
   const Slots slots = slots_of(p, num_sms);
   args.slot_chunks = slots.bytes / sizeof(uint4);
   args.partial_out = static_cast<uint4*>(p.workspace);
   args.partial_stats = reinterpret_cast<float2*>(args.partial_out + slots.count * args.slot_chunks);
-  return dispatch_dtype<Form::kOp>(p, plan, static_cast<cudaStream_t>(stream));
+  return p.batch_invariant
+             ? dispatch_dtype<Form::kFixed>(p, plan, static_cast<cudaStream_t>(stream))
+             : dispatch_dtype<Form::kOp>(p, plan, static_cast<cudaStream_t>(stream));
 }

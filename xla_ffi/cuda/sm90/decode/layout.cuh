@@ -33,7 +33,7 @@ struct DecodeArgs {
   int b;
   int max_pages_per_seq;
   int page_size, page_shift;  // a power of two, and its log2
-  int fixed_pieces;           // batch-invariant: the most pieces of a sequence; else 0
+  int fixed_pieces;           // batch-invariant: the most of a sequence
   int rows;                   // s_q * G
   KnownDivisor h_kv;
   Grid grids[kTileHeights];
@@ -56,7 +56,7 @@ static_assert(offsetof(DecodeArgs, counters) <= 0x300 - 0x210);
 
 // Where a CTA stands in the grid: blockIdx.x = part * groups + group.
 struct Place {
-  int groups, part, kv_head;
+  int groups, group, part, kv_head;
   int first_row, end_row;  // of the packed query rows
 
   __device__ __forceinline__ static Place here(const DecodeArgs& args, int height) {
@@ -68,7 +68,11 @@ struct Place {
   }
   __device__ __forceinline__ static Place of_group(const DecodeArgs& args, int height, int group) {
     const int tile = args.h_kv.floor(group), first_row = tile * tile_height(height);
-    return {args.grids[height].groups.value, 0, group - tile * args.h_kv.value, first_row,
+    return {args.grids[height].groups.value,
+            group,
+            0,
+            group - tile * args.h_kv.value,
+            first_row,
             min(first_row + tile_height(height), args.rows)};
   }
   // The CTA that does for `other_part` what this one does for its own.
@@ -151,15 +155,16 @@ __device__ __forceinline__ Rehearsal rehearsal_of(const DecodeArgs& args, const 
   return static_cast<Rehearsal>(1 + blockIdx.x % 3);
 }
 
-// Calls body(item) for each item of the part, in order, or for the one of a rehearsal.
-template <typename Body>
+// Calls body(item) for each item of the part, in order, or for the one of a rehearsal. An item is
+// what the part has of a sequence, or a fixed piece that begins in that.
+template <bool kFixed, typename Body>
 __device__ __forceinline__ void for_each_item(const DecodeArgs& args, const Part& part, Body&& body,
                                               Rehearsal rehearsal = Rehearsal::kNone) {
   const int max_tokens = args.max_pages_per_seq * args.page_size;
   const bool one = rehearsal == Rehearsal::kBlock || rehearsal == Rehearsal::kResult;
   const int end_seq = one ? part.begin_seq : part.end_seq;
   int parity = 0;
-  for (int seq = part.begin_seq; seq <= end_seq; ++seq, parity ^= 1) {
+  for (int seq = part.begin_seq; seq <= end_seq; ++seq) {
     const int tokens =
         seq == part.begin_seq ? part.begin_tokens : sequence_tokens(args.seqlens, seq, max_tokens);
     const int blocks = sequence_blocks(tokens);
@@ -167,7 +172,16 @@ __device__ __forceinline__ void for_each_item(const DecodeArgs& args, const Part
     const int end = one                   ? begin + (rehearsal == Rehearsal::kBlock)
                     : seq == part.end_seq ? part.end_block
                                           : blocks;
-    body(Item{seq, tokens, begin, end, begin == 0 && end == blocks, parity});
+    if constexpr (kFixed) {
+      const int size = fixed_piece_blocks(blocks);
+#pragma unroll 1
+      for (int i = fixed_piece_begin(begin, size); i < end; i += size, parity ^= 1) {
+        body(Item{seq, tokens, i, min(i + size, blocks), size >= blocks, parity});
+      }
+    } else {
+      body(Item{seq, tokens, begin, end, begin == 0 && end == blocks, parity});
+      parity ^= 1;
+    }
   }
 }
 

@@ -3,11 +3,11 @@
 //
 // Partial results of split sequences, as they lie in the workspace.
 //
-// The unnormalised output of a warpgroup, 64 rows x 256 columns, is kept as the registers hold it,
-// in chunks of 16 bytes a thread. As float where tiles are low: there is little to move, and a
-// conversion takes longer. As fp16 where they are high, each row scaled by a power of two that
-// brings its largest element near the top of fp16's range: the error is 2^-12 of an element. The
-// scale needs no place of its own: it moves from the values to the row's maximum and sum.
+// The unnormalised output is kept as the registers hold it, in chunks of 16 bytes a lane: [16 rows,
+// chunk, lane], chunks from left to right. As float where tiles are low: there is little to move,
+// and a conversion takes longer. As fp16 where they are high, each row scaled by a power of two
+// that brings its largest element near the top of fp16's range: the error is 2^-12 of an element.
+// The scale needs no place of its own: it moves from the values to the row's maximum and sum.
 
 #pragma once
 
@@ -16,15 +16,23 @@
 
 namespace mla {
 
-// Whether the partial results of a tile of `rows` rows are fp16.
-__device__ __forceinline__ bool is_half(const DecodeArgs& args, int rows) {
-  return rows > 32 || args.fixed_pieces > 0;
+// Whether the partial results of a tile of `rows` rows are fp16. Those of batch-invariant calls
+// have one place for each piece that there may be, and are if the kind of tile can.
+template <typename Tile, bool kFixed>
+__device__ __forceinline__ bool is_half(int rows) {
+  return Tile::kHalfPartials && (kFixed || rows > 32);
 }
 
 // A part holds at most two pieces of split sequences: the end of one begun before it (slot 0) and
 // the beginning of one that goes on after it (slot 1).
 __device__ __forceinline__ int partial_slot(int cta, bool holds_first_block) {
   return 2 * cta + holds_first_block;
+}
+
+// A fixed piece's.
+__device__ __forceinline__ int fixed_slot(const DecodeArgs& args, const Place& place, int seq,
+                                          int piece) {
+  return (seq * args.fixed_pieces + piece) * place.groups + place.group;
 }
 
 // Chunks hold pairs of neighbouring columns; pair k is of the thread's row k % 2 and lies 8 (k / 2)
@@ -90,7 +98,7 @@ inline constexpr int kChunks = 64 / PartialFormat<Partial>::kPairs;
 template <typename Partial>
 inline constexpr int kRowGroupShift = PartialFormat<Partial>::kPairs == 4 ? 5 : 6;
 
-// Where partial results lie; chunks of the left half come first.
+// Where partial results lie.
 __device__ __forceinline__ uint4* partial_chunks(const DecodeArgs& args, int slot) {
   return args.partial_out + slot * args.slot_chunks;
 }
@@ -116,13 +124,12 @@ __device__ __forceinline__ Exponents store_values(const DecodeArgs& args, int sl
   const Exponents exponents = {Format::exponent(output, 0), Format::exponent(output, 1)};
   const float scale[2] = {power_of_two(-exponents.v[0]), power_of_two(-exponents.v[1])};
   constexpr int kColumns = 4 * Format::kPairs;  // of a chunk
-  // As if each warp had 16 rows.
-  const int thread = Tile::result_row() / 16 * 32 + threadIdx.x % 32;
-  uint4* dst = partial_chunks(args, slot) + half * kChunks<Partial> * 128 +
-               Tile::first_column() / kColumns * 128 + thread;
+  const int chunk =
+      (Tile::result_row() / 16 * 2 + half) * kChunks<Partial> + Tile::first_column() / kColumns;
+  uint4* dst = partial_chunks(args, slot) + chunk * 32 + threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < Tile::kGroups * 8 / kColumns; ++i) {
-    __stcg(dst + i * 128, Format::pack(output + i * 2 * Format::kPairs, scale));
+    __stcg(dst + i * 32, Format::pack(output + i * 2 * Format::kPairs, scale));
   }
   return exponents;
 }

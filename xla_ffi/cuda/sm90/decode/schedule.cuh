@@ -161,27 +161,24 @@ inline constexpr int kSequenceOverhead = 3;
 // A sequence that would have more pieces is cut into pieces of an even number of blocks.
 inline constexpr int kManyPieces = 64;
 
-// Batch-invariant decode cuts a sequence by its own length alone: pieces of 8 blocks or more, 16
-// pieces at most. Each is the part of one CTA, and a second kernel combines them.
-inline constexpr int kFixedPieces = 16;
+// Batch-invariant decode cuts a sequence by its own length alone: into up to 16 pieces of 8 to 16
+// blocks, or up to 32 of 16 or more. A second kernel combines them.
+inline constexpr int kFixedPieces = 32;
 __host__ __device__ __forceinline__ int fixed_piece_blocks(int blocks) {
-  const int size = (blocks + kFixedPieces - 1) / kFixedPieces;
-  return size > 8 ? size : 8;
+  const auto at_least = [](int a, int b) { return a > b ? a : b; };
+  const int size = at_least((blocks + 15) / 16, 8);
+  return size <= 16 ? size : at_least((blocks + kFixedPieces - 1) / kFixedPieces, 16);
 }
 // The most pieces of a sequence of at most `blocks` blocks.
 __host__ __device__ __forceinline__ int most_fixed_pieces(int blocks) {
-  const int pieces = (blocks + 7) / 8;
-  return pieces < kFixedPieces ? pieces : kFixedPieces;
+  if (blocks <= 256) return blocks <= 128 ? (blocks + 7) / 8 : 16;
+  return blocks <= 16 * kFixedPieces ? (blocks + 15) / 16 : kFixedPieces;
 }
 
-// The part that is piece `index % pieces` of sequence `index / pieces`, if there is such a piece.
-__device__ inline Part fixed_part(const int32_t* seqlens, int b, int max_tokens, int index,
-                                  int pieces) {
-  const int seq = index / pieces, tokens = sequence_tokens(seqlens, seq, max_tokens);
-  const int blocks = sequence_blocks(tokens);
-  const int size = fixed_piece_blocks(blocks), begin = (index - seq * pieces) * size;
-  if (begin >= blocks) return Part{0, b, 0, -1, 0, 0, true};
-  return Part{0, seq, begin, seq, min(begin + size, blocks), tokens, true};
+// The first block from `block` on with which a piece begins. A part computes the pieces that begin
+// in it.
+__device__ __forceinline__ int fixed_piece_begin(int block, int size) {
+  return Divisor(size).ceil(block) * size;
 }
 
 // Parts without work that help to combine each sequence, where no part spans two.
