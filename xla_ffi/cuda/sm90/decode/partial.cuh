@@ -16,8 +16,8 @@
 
 namespace mla {
 
-// Whether the partial results of a tile of `rows` rows are fp16. Those of batch-invariant calls
-// have one place for each piece that there may be, and are if the kind of tile can.
+// Whether the partial results of a tile of `rows` rows are fp16: of fixed pieces, which all have a
+// place of their own, those of all wide tiles.
 template <typename Tile, bool kFixed>
 __device__ __forceinline__ bool is_half(int rows) {
   return Tile::kHalfPartials && (kFixed || rows > 32);
