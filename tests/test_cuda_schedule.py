@@ -219,6 +219,23 @@ def test_parts_are_long_where_tiles_are_to_keep_in_step(library, lengths, s_q, h
     assert (parts["size"] > library.long_part()).all()
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.integers(1, 300),
+    h_kv=st.integers(1, 3),
+    sms=st.integers(1, 132),
+    b=st.integers(1, 40),
+    room=st.integers(1, 1000),
+)
+def test_tables_with_little_room_have_the_lowest_tiles(library, rows, h_kv, sms, b, room):
+    groups = [-(-rows // height) * h_kv for height in HEIGHTS]
+    ctas = max(sms, groups[0])
+    found = library.prefer_lowest((ctypes.c_int64 * 3)(*groups), ctas, b, ctypes.c_int64(room))
+    there = groups[1] < groups[2] <= ctas
+    parts = ctas // groups[2]
+    assert found == (parts if there and room <= 5 * parts else 0)
+
+
 def test_more_sequences_than_lanes_hold(library):
     rng = np.random.default_rng(0)
     check(library, rng.integers(0, 3000, 1000).tolist())

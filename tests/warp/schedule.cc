@@ -46,6 +46,19 @@ extern "C" void find_parts(const int32_t* seqlens, int b, int max_tokens, const 
 // The blocks beyond which parts are long.
 extern "C" int long_part() { return mla::kLongPart; }
 
+// Whether the lowest tiles are made the choice for `room` blocks, and then the parts that they have;
+// -1 if another height is chosen for some number of blocks all the same.
+extern "C" int prefer_lowest(const int64_t* groups, int num_ctas, int b, int64_t room) {
+  mla::Grid grids[mla::kTileHeights];
+  mla::lay_out(grids, {groups[0], groups[1], groups[2]}, num_ctas, b);
+  if (!mla::prefer_lowest(grids, room)) return 0;
+  const int lowest = mla::kTileHeights - 1;
+  for (int blocks = 1; blocks <= room; ++blocks) {
+    if (mla::choose_height(grids, blocks) != lowest) return -1;
+  }
+  return grids[lowest].parts.value;
+}
+
 // Blocks of a piece of a sequence in batch-invariant decode, the most pieces of one that is no
 // longer, and the first block from `block` on with which a piece begins.
 extern "C" int fixed_piece_blocks(int blocks) { return mla::fixed_piece_blocks(blocks); }

@@ -90,22 +90,6 @@ Slots slots_of(const MlaDecodeParams& p, int num_sms) {
           rows <= kNarrowRows ? kNarrowRows * of_row : kTileRows * of_row / 2};
 }
 
-// Parts of so many blocks of the lowest tiles take no longer than any of higher ones, if the kernel
-// knows none but narrow tiles.
-constexpr int kNarrowPart = 5;
-
-// Whether all tiles are narrow: of few rows, or of the lowest height, since the table has room for
-// few blocks.
-bool are_narrow(const MlaDecodeParams& p, int rows, Grid (&grids)[kTileHeights]) {
-  static_assert(tile_height(kTileHeights - 1) <= kNarrowRows);
-  if (rows <= kNarrowRows) return true;
-  Grid& lowest = grids[kTileHeights - 1];
-  const int64_t blocks = int64_t{p.b} * most_blocks(p);
-  if (lowest.most_blocks == 0 || blocks > kNarrowPart * lowest.parts.value) return false;
-  lowest.most_blocks = std::max(lowest.most_blocks, static_cast<int>(blocks));
-  return true;
-}
-
 // What is launched.
 struct Plan {
   DecodeArgs args;  // but where partial results go
@@ -144,7 +128,9 @@ Plan plan_of(const MlaDecodeParams& p, int num_sms) {
   lay_out(args.grids, groups, static_cast<int>(ctas), p.b);
   args.fixed_pieces = most_pieces(p);
   args.cooperative = !p.batch_invariant && args.grids[0].parts.value > 1;
-  narrow = are_narrow(p, args.rows, args.grids);
+  static_assert(tile_height(kTileHeights - 1) <= kNarrowRows);
+  const int64_t room = int64_t{p.b} * most_blocks(p);
+  narrow = args.rows <= kNarrowRows || prefer_lowest(args.grids, room);
   return plan;
 }
 

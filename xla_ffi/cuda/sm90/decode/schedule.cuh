@@ -93,6 +93,20 @@ inline void lay_out(Grid (&grids)[kTileHeights], const int64_t (&groups)[kTileHe
   }
 }
 
+// Parts of so many blocks of the lowest tiles take no longer than those of higher ones in a kernel
+// that knows no others.
+inline constexpr int kLowestPart = 5;
+
+// Makes the lowest tiles the choice whatever the lengths, if the table has room for few blocks, and
+// if there are tiles so low; returns whether.
+inline bool prefer_lowest(Grid (&grids)[kTileHeights], int64_t room) {
+  Grid& lowest = grids[kTileHeights - 1];
+  const int most = kLowestPart * lowest.parts.value;
+  if (lowest.most_blocks == 0 || room > most) return false;
+  if (lowest.most_blocks < most) lowest.most_blocks = most;
+  return true;
+}
+
 // A CTA's work: from block `begin_block` of `begin_seq` up to, and excluding, block `end_block`
 // of `end_seq`; all blocks of the sequences between. Empty if end_seq < begin_seq.
 struct Part {
