@@ -99,10 +99,11 @@ def register() -> None:
 
 
 def instruction_set() -> str:
-    """Names the instruction set of the CPU's library: "baseline", "avx2", "avx512", "avx512bf16".
+    """Names the instruction set of the CPU's library.
 
-    The environment variable MLA_JAX_CPU_ISA, read once per process, caps it. The last multiplies
-    bfloat16 as it is; Intel's processors are slower with it, and use it only if asked to.
+    "baseline", "avx2", "avx512", "avx512bf16" or "amx"; the environment variable MLA_JAX_CPU_ISA,
+    read once per process, caps it. The last two multiply bfloat16 as it is, "amx" by matrices;
+    Intel's processors are slower with "avx512bf16", and use it only if asked to.
     """
     library = _load("cpu")
     library.mla_jax_cpu_isa.restype = ctypes.c_char_p

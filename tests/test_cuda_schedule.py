@@ -274,4 +274,4 @@ def test_pieces_fit_the_workspace(library):
         size = library.fixed_piece_blocks(blocks)
         most = max(most, -(-blocks // size))
         assert most <= library.most_fixed_pieces(blocks) <= 32
-        assert size <= max(8, 16, -(-blocks // 32))
+        assert size <= max(16, -(-blocks // 32))

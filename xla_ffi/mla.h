@@ -158,9 +158,9 @@ typedef struct MlaThreads {
 // any batch, slot, pages and number of threads. Returns 0, or 1 if memory ran out.
 int mla_cpu_decode(const MlaDecodeParams* params, const MlaThreads* threads);
 
-// The instruction set that mla_cpu_decode uses here: "baseline", "avx2", "avx512" or "avx512bf16".
-// The environment variable MLA_JAX_CPU_ISA, read once, names the widest that may be used; the last,
-// which only some processors are faster with, is used on others if it names that.
+// The instruction set that mla_cpu_decode uses here: "baseline", "avx2", "avx512", "avx512bf16" or
+// "amx". The environment variable MLA_JAX_CPU_ISA, read once, names the widest that may be used;
+// "avx512bf16", which only some processors are faster with, is used on others if it names that.
 const char* mla_cpu_isa(void);
 
 #ifdef __cplusplus

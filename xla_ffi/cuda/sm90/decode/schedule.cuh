@@ -15,6 +15,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../ptx.cuh"
@@ -178,15 +179,14 @@ inline constexpr int kManyPieces = 64;
 // Batch-invariant decode cuts a sequence by its own length alone: into up to 16 pieces of 8 to 16
 // blocks, or up to 32 of 16 or more. A second kernel combines them.
 inline constexpr int kFixedPieces = 32;
-__host__ __device__ __forceinline__ int fixed_piece_blocks(int blocks) {
-  const auto at_least = [](int a, int b) { return a > b ? a : b; };
-  const int size = at_least((blocks + 15) / 16, 8);
-  return size <= 16 ? size : at_least((blocks + kFixedPieces - 1) / kFixedPieces, 16);
+__device__ __forceinline__ int fixed_piece_blocks(int blocks) {
+  const int size = max((blocks + 15) / 16, 8);
+  return size <= 16 ? size : max((blocks + kFixedPieces - 1) / kFixedPieces, 16);
 }
 // The most pieces of a sequence of at most `blocks` blocks.
-__host__ __device__ __forceinline__ int most_fixed_pieces(int blocks) {
-  if (blocks <= 256) return blocks <= 128 ? (blocks + 7) / 8 : 16;
-  return blocks <= 16 * kFixedPieces ? (blocks + 15) / 16 : kFixedPieces;
+inline int most_fixed_pieces(int blocks) {
+  return blocks <= 16 * 16 ? std::min((blocks + 7) / 8, 16)
+                           : std::min((blocks + 15) / 16, kFixedPieces);
 }
 
 // The first block from `block` on with which a piece begins. A part computes the pieces that begin
