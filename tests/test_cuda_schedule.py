@@ -64,7 +64,7 @@ def find(library, lengths, rows, h_kv, sms, max_tokens, error):
     tiles, found = (ctypes.c_int64 * 3)(*wanted), []
     for backwards in (False, True):
         parts, pieces = np.zeros(ctas, PART), np.zeros(ctas, PIECES)
-        begins = np.zeros((ctas, 2), np.int32)
+        begins = np.zeros((ctas, 3), np.int32)
         arrays = (parts, pieces, groups, counts, begins)
         out = (ctypes.c_void_p(x.ctypes.data) for x in arrays)
         arguments = (ints(lengths), len(lengths), max_tokens, tiles, ctas, error, backwards)
@@ -85,7 +85,7 @@ def find(library, lengths, rows, h_kv, sms, max_tokens, error):
     assert (known["begin_seq"] <= known["end_seq"]).all()
     assert (begins[foreseen, 0] == known["begin_seq"]).all()
     assert (begins[foreseen, 1] == known["begin_block"]).all()
-    assert height == 0 or not foreseen.any()
+    assert (begins[foreseen, 2] == height).all()
     if foreseen.any():
         assert (foreseen == (parts["begin_seq"] <= parts["end_seq"])).all()
     # CTAs that go through the same blocks agree; those that are left over have nothing.
@@ -203,7 +203,7 @@ def test_the_shapes_of_the_benchmark(library, b, s_k, h_q):
 
 
 @pytest.mark.parametrize("rows", [16, 64, 128])
-@pytest.mark.parametrize("b", [16, 64, 128])
+@pytest.mark.parametrize("b", [2, 4, 16, 64, 128])
 def test_equal_lengths_are_foreseen(library, b, rows):
     """Also where they differ within a block; not where one has a block more."""
     lengths = np.random.default_rng(0).integers(4033, 4097, b)

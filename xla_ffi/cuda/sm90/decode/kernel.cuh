@@ -118,8 +118,25 @@ struct Decode {
     }
   }
 
+  // Brings the queries of one sequence to L2 while no part is known; run by one thread. Parts that
+  // suffice take all sequences, whoever will need them; else each the one that it likely begins
+  // with, for more at once would delay what is needed first.
+  __device__ __forceinline__ static void prefetch_queries(const DecodeArgs& args,
+                                                          const QueryMaps& maps) {
+    constexpr int kHeight = Tile::kQueryStride == kNarrowRows ? kTileHeights - 1 : 0;
+    const Place place = Place::here(args, kHeight);
+    const KnownDivisor parts = args.grids[kHeight].parts;
+    const int seq = args.b <= parts.value ? place.part : place.part * parts.ceil(args.b);
+    if (seq >= args.b) return;
+    const QueryBox box = query_box(args.rows, kHeight, Tile::kQueryStride, args.query_pieces);
+#pragma unroll 1
+    for (int piece = 0; piece < args.query_pieces; piece += box.pieces) {
+      ptx::tma_prefetch(&maps.values[kHeight], place.first_row, piece, place.kv_head, seq);
+    }
+  }
+
   // Brings the first boxes of the part's first block to L2 while the part is not known yet, where
-  // it can be foreseen; run by a warp. Of more boxes, all CTAs' would delay each other's first.
+  // it can be foreseen; run by a warp. More boxes of a CTA would delay the first ones of others.
   __device__ static void prefetch_ahead(const DecodeArgs& args, const CacheMaps& maps,
                                         Shared& shared) {
     constexpr int kPrefetched = 3;  // boxes
@@ -128,17 +145,18 @@ struct Decode {
     if (max_tokens == 0) return;  // else even an empty sequence's first entry can be read
     const Begin begin = foresee_begin(args.seqlens, args.b, max_tokens, blockIdx.x, args.grids);
     if (begin.seq < 0 || !ptx::elect_one()) return;
-    const KnownDivisor groups = args.grids[0].groups;
+    const KnownDivisor groups = args.grids[begin.height].groups;
     const int group = blockIdx.x - groups.floor(blockIdx.x) * groups.value;
     const int kv_head = group - args.h_kv.floor(group) * args.h_kv.value;
     const int token = begin.block * kBlockTokens;
     const int page = __ldg(args.block_table + int64_t{begin.seq} * args.max_pages_per_seq +
                            (token >> args.page_shift));
     if (shared.copying) return;
-    // Tiles of one block share its boxes.
+    // Tiles of one block share its boxes; many take all.
     const int tile = args.h_kv.floor(group), tiles = args.h_kv.floor(groups.value);
+    const int boxes = max(kPrefetched, min(tiles, (kPieces + 1) / 2));
 #pragma unroll 1
-    for (int box = tile; box < kPrefetched; box += tiles) {
+    for (int box = tile; box < boxes; box += tiles) {
       ptx::tma_prefetch(&maps.two, token & (args.page_size - 1), 2 * box, kv_head, page);
     }
   }
@@ -635,6 +653,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::prefetch_tensor_map(&query_maps.values[0]);
       ptx::prefetch_tensor_map(&cache_maps.two);
       ptx::prefetch_tensor_map(&cache_maps.one);
+      if (kForm != Form::kChain) Kernel::prefetch_queries(args, query_maps);
     }
     const int64_t entry = int64_t{threadIdx.x} * 32;
     const int64_t entries = int64_t{args.b} * args.max_pages_per_seq;

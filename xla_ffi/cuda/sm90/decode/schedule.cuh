@@ -494,19 +494,19 @@ __device__ inline void find_part(const int32_t* seqlens, int b, int max_tokens, 
   }
 }
 
-// Where a part begins.
+// Where a part begins, and the index of its tiles' height.
 struct Begin {
-  int seq, block;
+  int seq, block, height;
 };
 inline constexpr int kForeseenSequences = 128;
 
 // Where the part of the `cta`-th CTA begins, if 2 to kForeseenSequences sequences have equally many
-// blocks, their tiles are the highest, and the cuts fall alike in all: what find_part() will find,
-// with little to do. Else, and where there is no work, seq is -1. (The part of one sequence is
-// known as soon.) Called by one whole warp.
+// blocks and the cuts fall alike in all: what find_part() will find, with little to do. Else, and
+// where there is no work, seq is -1. (The part of one sequence is known as soon.) Called by one
+// whole warp.
 __device__ __forceinline__ Begin foresee_begin(const int32_t* seqlens, int b, int max_tokens,
                                                int cta, const Grid (&grids)[kTileHeights]) {
-  if (b == 1 || b > kForeseenSequences) return {-1, 0};
+  if (b == 1 || b > kForeseenSequences) return {-1, 0, 0};
   const int lane = threadIdx.x % 32;
   int fewest = INT32_MAX, most = 0;
 #pragma unroll
@@ -516,21 +516,21 @@ __device__ __forceinline__ Begin foresee_begin(const int32_t* seqlens, int b, in
     most = max(most, n);
   }
   const int blocks = __shfl_sync(0xFFFFFFFFu, most, 0), total = b * blocks;
-  if (!__all_sync(0xFFFFFFFFu, fewest == blocks && most == blocks)) return {-1, 0};
-  if (choose_height(grids, total) != 0) return {-1, 0};
-  const Grid& grid = grids[0];
+  if (!__all_sync(0xFFFFFFFFu, fewest == blocks && most == blocks)) return {-1, 0, 0};
+  const int height = choose_height(grids, total);
+  const Grid& grid = grids[height];
   const int part = grid.groups.floor(cta), packed = packed_size(grid, b, total);
   Begin begin;
   bool alike;
   if (b <= grid.parts.value) {
     const int aligned = Divisor(Divisor(b).floor(grid.parts.value)).ceil(blocks);
     const int size = without_many_pieces(aligned, blocks), pieces = Divisor(size).ceil(blocks);
-    begin.seq = Divisor(pieces).floor(part);
-    begin.block = (part - begin.seq * pieces) * size;
+    const int seq = Divisor(pieces).floor(part);
+    begin = {seq, (part - seq * pieces) * size, height};
     alike = aligned <= most_aligned_size(packed);
   } else {
     const int seqs_of_each = grid.parts.ceil(b);
-    begin = {part * seqs_of_each, 0};
+    begin = {part * seqs_of_each, 0, height};
     alike = rounds_up(packed, seqs_of_each * (blocks + kSequenceOverhead));
   }
   if (!alike || begin.seq >= b || begin.block >= blocks) begin.seq = -1;
