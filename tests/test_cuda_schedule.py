@@ -236,6 +236,32 @@ def test_tables_with_little_room_have_the_lowest_tiles(library, rows, h_kv, sms,
     assert found == (parts if there and room <= 5 * parts else 0)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.integers(17, 140),
+    sms=st.integers(16, 132),
+    b=st.integers(1, 40),
+    blocks=st.integers(1, 40),
+    alike=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_parts_of_tables_with_little_room(library, rows, sms, b, blocks, alike, seed):
+    """Whatever the table has room for, parts are right, and what is foreseen is so."""
+    max_tokens = blocks * BLOCK
+    lengths = np.random.default_rng(seed).integers(0, max_tokens + 1, b)
+    if alike:
+        lengths[:] = lengths[0]
+    check(library, lengths.tolist(), rows=rows, sms=sms, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize(("max_tokens", "height", "num"), [(1024, 16, 16), (1 << 20, 32, 33)])
+def test_blocks_of_low_tiles_are_foreseen(library, max_tokens, height, num):
+    """Of the lowest ones, since the table has room for few blocks, and of middle ones."""
+    parts, _, foreseen = find(library, [1000] * 4, 128, 1, 132, max_tokens, 0)
+    assert foreseen
+    assert (len(parts), {HEIGHTS[i] for i in parts["height"]}) == (num, {height})
+
+
 def test_more_sequences_than_lanes_hold(library):
     rng = np.random.default_rng(0)
     check(library, rng.integers(0, 3000, 1000).tolist())

@@ -18,9 +18,9 @@ inline float reciprocal_approx(float x) {
 
 #include "../../xla_ffi/cuda/sm90/decode/schedule.cuh"
 
-// What CTAs find, `num_ctas` of them, given the groups of each height of tiles; of those heights
-// too the groups and parts of the grid; and what CTAs foresee. Lanes take their turns in order, or
-// the other way round.
+// What CTAs find, `num_ctas` of them, given the groups of each height of tiles and a table with room
+// for `max_tokens` of each sequence; of those heights too the groups and parts of the grid; and what
+// CTAs foresee. Lanes take their turns in order, or the other way round.
 extern "C" void find_parts(const int32_t* seqlens, int b, int max_tokens, const int64_t* groups,
                            int num_ctas, int reciprocal_error, bool reversed, mla::Part* parts,
                            mla::Pieces* pieces, int* grid_groups, int* grid_parts,
@@ -29,6 +29,7 @@ extern "C" void find_parts(const int32_t* seqlens, int b, int max_tokens, const 
   mla::ptx::reciprocal_error = reciprocal_error;
   mla::Grid grids[mla::kTileHeights];
   mla::lay_out(grids, {groups[0], groups[1], groups[2]}, num_ctas, b);
+  mla::prefer_lowest(grids, int64_t{b} * mla::sequence_blocks(max_tokens));
   for (int i = 0; i < mla::kTileHeights; ++i) {
     grid_groups[i] = grids[i].groups.value;
     grid_parts[i] = grids[i].parts.value;
