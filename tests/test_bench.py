@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import random
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -455,6 +456,24 @@ def test_the_ceilings_are_measured():
     # An abacus and a machine of the far future: what is tested is the units.
     assert 1e7 < found.read < 1e15
     assert 1e7 < found.product < 1e18
+
+
+@pytest.mark.parametrize("work", [2e-4, 3e-3, 0.2])
+def test_a_clock_that_is_off_by_a_tenth_of_a_millisecond_changes_no_ceiling(work):
+    device, rng = Device(), random.Random(0)
+    program = device.program(2e-5, work)
+
+    def clock():
+        device.host += rng.uniform(0, 1e-4)
+        return device()
+
+    found = timing._programs_a_second(lambda: program(None, 0), clock)
+    assert found * work == pytest.approx(1, abs=0.005)
+
+
+def test_a_device_that_took_no_longer_for_more_is_refused():
+    with pytest.raises(RuntimeError, match="too busy to be measured"):
+        timing._programs_a_second(lambda: None, lambda: 0.0)
 
 
 def test_wrong_arguments_of_the_command_line(capsys):

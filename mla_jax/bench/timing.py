@@ -7,11 +7,13 @@ calls many times over, and what counts is the difference of two runs and one: it
 what the host does around a program, as the host does that while the device works.
 """
 
+import math
 import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -228,39 +230,43 @@ def measure_ceilings(dtype: jnp.dtype, platform: str, clock: Clock = time.perf_c
     XLA multiplies faster there than narrower types.
     """
     small = platform == "cpu"
-    calls = 2 if small else 4
+    count = 4 if small else 8  # too large together for a cache
     rows, columns = (2**12, 2**12) if small else (2**14, 2**14)
-    arrays = [jnp.full((rows, columns), i, jnp.float32) for i in range(2 * calls)]
-    sums = [
-        _rate(lambda x, axis=axis: x.sum(axis), arrays, calls, clock)  # type: ignore[misc]
-        for axis in (0, 1)
-    ]
+    arrays = [jnp.full((rows, columns), i, jnp.float32) for i in range(count)]
+    sums = [_calls_a_second(partial(jnp.sum, axis=axis), arrays, clock) for axis in (0, 1)]
     read = max(sums) * arrays[0].nbytes
     del arrays
 
     n = 1024 if small else 8192
-    keys = jax.random.split(jax.random.key(0), 2 * calls)
+    keys = jax.random.split(jax.random.key(0), count)
     products = []
     for kind in {jnp.dtype(dtype), jnp.dtype(jnp.float32)} if small else {jnp.dtype(dtype)}:
         matrices = [jax.random.normal(key, (n, n), jnp.float32).astype(kind) for key in keys]
-        products.append(_rate(lambda x: x @ x.T, matrices, calls, clock))
+        products.append(_calls_a_second(lambda x: x @ x.T, matrices, clock))
     return Ceilings(read, max(products) * 2 * n**3)
 
 
-def _rate(
-    function: Callable[[jax.Array], jax.Array], arrays: list[jax.Array], calls: int, clock: Clock
+def _calls_a_second(
+    function: Callable[[jax.Array], jax.Array], arrays: list[jax.Array], clock: Clock
 ) -> float:
-    """Returns the calls a second of a function, each on another array."""
+    program = jax.jit(lambda xs: [function(x) for x in xs])
+    return _programs_a_second(lambda: program(arrays), clock) * len(arrays)
 
-    def program(num_calls: int) -> Callable[[], Any]:
-        jitted = jax.jit(lambda xs: [function(x) for x in xs[:num_calls]], keep_unused=True)
-        return lambda: jitted(arrays)
+
+def _programs_a_second(program: Callable[[], Any], clock: Clock) -> float:
+    """Returns how many times a second the device can run a program, none waiting for the host."""
 
     # The best of several: a ceiling is what the device can give, not what a busy one gave.
-    times = []
-    for run in (program(calls), program(2 * calls)):
-        jax.block_until_ready(run())
-        times.append(min(_seconds(run, clock) for _ in range(7)))
-    if times[1] <= times[0]:
+    def best(times: int) -> float:
+        seconds = []
+        for _ in range(7):
+            time.sleep(_PAUSE)
+            seconds.append(_seconds(lambda: [program() for _ in range(times)], clock))
+        return min(seconds)
+
+    jax.block_until_ready(program())
+    times = math.ceil(PROGRAM / max(best(1), PROGRAM / 100))
+    seconds = best(2 * times) - best(times)
+    if seconds <= 0:
         raise RuntimeError("the device is too busy to be measured: twice the work took no longer")
-    return calls / (times[1] - times[0])
+    return times / seconds
