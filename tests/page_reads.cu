@@ -7,7 +7,7 @@
 // memory, three at a time; by a CTA for each page; by a CTA for each eighth of a page.
 //
 //   nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -o page_reads tests/page_reads.cu
-//   ./page_reads [PAGES ...]
+//   ./page_reads
 //
 // Printed are microseconds a launch, median of 9 replays of a CUDA graph of 4 to 512 launches,
 // each of pages that L2 no longer has, after pauses that leave the clock high.
@@ -25,6 +25,10 @@
 #include <thread>
 #include <vector>
 
+#include "../xla_ffi/cuda/sm90/ptx.cuh"
+
+namespace ptx = mla::ptx;
+
 #define CHECK(call)                                                               \
   do {                                                                            \
     if (const cudaError_t error = (call); error != cudaSuccess) {                 \
@@ -39,48 +43,37 @@ constexpr int kPartBytes = kPageBytes / kParts;
 constexpr int kStages = 3;
 constexpr int kThreads = 192;  // of which each reads 16 bytes three times, of a part
 constexpr int kPool = 128 * 256;
+// Of the calls of `mla-jax bench op`.
+constexpr int kCounts[] = {16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, kPool};
 
-__device__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+// Copies contiguous bytes, a multiple of 16, to shared memory.
+__device__ __forceinline__ void bulk_load(void* dst, const void* src, uint64_t* bar, int bytes) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1], %2, [%3];" ::"r"(ptx::smem_address(dst)),
+      "l"(src), "r"(bytes), "r"(ptx::smem_address(bar))
+      : "memory");
 }
 
 __global__ void __launch_bounds__(1) copy_pages(const char* pool, const int* table, int pages) {
   extern __shared__ __align__(128) char buffers[];
   __shared__ uint64_t arrived[kStages];
-  for (uint64_t& barrier : arrived) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)));
-  }
-  asm volatile("fence.mbarrier_init.release.cluster;");
+  for (uint64_t& barrier : arrived) ptx::mbarrier_init(&barrier, 1);
+  ptx::mbarrier_init_fence();
   const auto cut = [&](int64_t cta) { return static_cast<int>(pages * cta / gridDim.x); };
   const int begin = cut(blockIdx.x), end = cut(blockIdx.x + 1);
   const auto copy = [&](int i) {
     const int stage = (i - begin) % kStages;
-    const uint32_t barrier = shared_address(&arrived[stage]);
-    const uint32_t to = shared_address(buffers) + stage * kPageBytes;
+    char* to = buffers + stage * kPageBytes;
     const char* from = pool + static_cast<int64_t>(table[i]) * kPageBytes;
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                 "r"(kPageBytes)
-                 : "memory");
+    ptx::mbarrier_arrive_expect_tx(&arrived[stage], kPageBytes);
     for (int at = 0; at < kPageBytes; at += kPartBytes) {
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-          "[%3];" ::"r"(to + at),
-          "l"(from + at), "r"(kPartBytes), "r"(barrier)
-          : "memory");
+      bulk_load(to + at, from + at, &arrived[stage], kPartBytes);
     }
   };
   for (int i = begin; i < min(begin + kStages, end); ++i) copy(i);
   for (int i = begin; i < end; ++i) {
-    const uint32_t barrier = shared_address(&arrived[(i - begin) % kStages]);
-    uint32_t done = 0;
-    while (!done) {
-      asm volatile(
-          "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-          " selp.u32 %0, 1, 0, p;\n}"
-          : "=r"(done)
-          : "r"(barrier), "r"((i - begin) / kStages % 2)
-          : "memory");
-    }
+    ptx::mbarrier_wait(&arrived[(i - begin) % kStages], (i - begin) / kStages % 2);
     if (i + kStages < end) copy(i + kStages);
   }
 }
@@ -100,22 +93,9 @@ __global__ void read_parts(const char* pool, const int* table, int parts_of_each
   if (sum == 0x12345678) *never = 1;  // so that the loads are not left out
 }
 
-int main(int argc, char** argv) {
-  std::vector<int> counts;
-  for (int i = 1; i < argc; ++i) counts.push_back(std::clamp(std::atoi(argv[i]), 1, kPool));
-  if (counts.empty()) {
-    for (int b : {1, 4, 16, 128}) {
-      for (int pages : {16, 64, 128, 256, 1024}) {
-        if (b * pages <= kPool) counts.push_back(b * pages);
-      }
-    }
-    std::sort(counts.begin(), counts.end());
-    counts.erase(std::unique(counts.begin(), counts.end()), counts.end());
-  }
-  int device = 0, multiprocessors = 0;
+int main() {
   cudaDeviceProp properties;
-  CHECK(cudaGetDeviceProperties(&properties, device));
-  multiprocessors = properties.multiProcessorCount;
+  CHECK(cudaGetDeviceProperties(&properties, 0));
   char* pool;
   int *table, *never;
   CHECK(cudaMalloc(&pool, int64_t{kPool} * kPageBytes));
@@ -136,13 +116,13 @@ int main(int argc, char** argv) {
 
   std::printf("%s\n%8s %8s %10s %10s %10s %10s\n", properties.name, "pages", "MB", "copies",
               "a page", "an eighth", "GB/s, best");
-  for (const int pages : counts) {
+  for (const int pages : kCounts) {
     const int sets = kPool / pages;
     const int launches = std::clamp(8192 / pages, 4, 512);  // of 600 MB together, or more
     const std::function<void(const int*)> ways[] = {
         [&](const int* pages_of_call) {
-          copy_pages<<<std::min(multiprocessors, pages), 1, kStages * kPageBytes, stream>>>(
-              pool, pages_of_call, pages);
+          copy_pages<<<std::min(properties.multiProcessorCount, pages), 1, kStages * kPageBytes,
+                       stream>>>(pool, pages_of_call, pages);
         },
         [&](const int* pages_of_call) {
           read_parts<<<pages, kThreads, 0, stream>>>(pool, pages_of_call, kParts, never);

@@ -249,6 +249,7 @@ def measure_ceilings(dtype: jnp.dtype, platform: str, clock: Clock = time.perf_c
 def _calls_a_second(
     function: Callable[[jax.Array], jax.Array], arrays: list[jax.Array], clock: Clock
 ) -> float:
+    """Returns how many times a second the device can call a function, each of an array in turn."""
     program = jax.jit(lambda xs: [function(x) for x in xs])
     return _programs_a_second(lambda: program(arrays), clock) * len(arrays)
 
@@ -258,11 +259,11 @@ def _programs_a_second(program: Callable[[], Any], clock: Clock) -> float:
 
     # The best of several: a ceiling is what the device can give, not what a busy one gave.
     def best(times: int) -> float:
-        seconds = []
+        runs = []
         for _ in range(7):
             time.sleep(_PAUSE)
-            seconds.append(_seconds(lambda: [program() for _ in range(times)], clock))
-        return min(seconds)
+            runs.append(_seconds(lambda: [program() for _ in range(times)], clock))
+        return min(runs)
 
     jax.block_until_ready(program())
     times = math.ceil(PROGRAM / max(best(1), PROGRAM / 100))
